@@ -1,0 +1,1 @@
+"""MoE training in JAX without silent wrongness."""

@@ -1,0 +1,133 @@
+"""Writes a run's report: the pictures as PNG files and one HTML page that holds them all."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable
+
+from matplotlib.figure import Figure
+
+from moejax.analysis import figures, html, plots, router_plots
+from moejax.analysis.history import History, build_history
+from moejax.analysis.metrics_file import iter_metrics
+from moejax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Plan:
+    file: str
+    title: str
+    caption: str
+    draw: Callable[[History], Figure]
+
+
+_ALWAYS = (
+    _Plan(
+        file="loss.png",
+        title="Loss",
+        caption="Healthy: a steep start, then a slow decline, with the held-out points close to "
+        "the training curve. A growing gap means memorising; a jump that stays means the run "
+        "diverged. Bits per byte compare across tokenisers and with compressors: the dashed "
+        "lines are gzip and xz on the same held-out files. A triangle at the upper edge is a "
+        "record beyond the picture.",
+        draw=plots.plot_loss,
+    ),
+    _Plan(
+        file="throughput.png",
+        title="Throughput",
+        caption="Healthy: flat, but for the first record if it includes compilation. Regular dips "
+        "are evaluations or checkpoints; a slow decline points to memory pressure or another "
+        "process on the machine.",
+        draw=plots.plot_throughput,
+    ),
+    _Plan(
+        file="optimizer.png",
+        title="Optimiser",
+        caption="Healthy: the gradient norm falls early and then stays level. Steady growth comes "
+        "before divergence. A triangle marks records in which steps were skipped because the loss, "
+        "the gradient or the update was not finite or a spike: a few are harmless.",
+        draw=plots.plot_optimizer,
+    ),
+)
+_WITH_EXPERTS = (
+    _Plan(
+        file="expert_load.png",
+        title="Expert load",
+        caption="Healthy: pale everywhere after the first few hundred steps, so that every expert "
+        "gets about its even share. A row that stays deep red takes tokens from the others; a row "
+        "that turns black is dead: its weights no longer learn.",
+        draw=router_plots.plot_expert_load,
+    ),
+    _Plan(
+        file="router.png",
+        title="Router",
+        caption="Healthy: entropy falls from near 1 and settles well above 0, as the router learns "
+        "to tell tokens apart without becoming certain; MaxVio, the excess of the fullest expert "
+        "over the mean, falls below about 1 and stays; the load percentiles close in on 1; no "
+        "expert is dead. A sudden drop of entropy with a rise of MaxVio is a collapse.",
+        draw=router_plots.plot_router,
+    ),
+)
+
+
+def write_report(
+    run_dir: str | os.PathLike[str], out: str | os.PathLike[str] | None = None
+) -> pathlib.Path:
+    """Reads `run_dir/metrics.jsonl`, writes PNGs and `index.html` into `out`; returns the page.
+
+    `out` is `run_dir/report` unless given. The page is written last and in one move, so that a
+    reader never sees half of one. A run that is still going can be reported on.
+
+    Raises:
+        UserError: no such run, no training record in it, or `out` cannot be written.
+    """
+    run_dir = pathlib.Path(run_dir)
+    history = _read(run_dir)
+    out = run_dir / "report" if out is None else pathlib.Path(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        pictures = [_draw(history, plan, out) for plan in _plans(history)]
+        page = html.render_page(history, pictures, _config_text(run_dir))
+        partial = out / "index.html.partial"
+        partial.write_text(page, encoding="utf-8")
+        return partial.replace(out / "index.html")
+    except OSError as error:
+        raise UserError(
+            f"cannot write the report to {out}: {error.strerror}; name another folder with --out."
+        ) from error
+
+
+def _read(run_dir: pathlib.Path) -> History:
+    metrics = run_dir / "metrics.jsonl"
+    if not run_dir.is_dir():
+        raise UserError(f"there is no run directory {run_dir}; give the workdir of a training run.")
+    if not metrics.is_file():
+        raise UserError(
+            f"{run_dir} holds no metrics.jsonl, so it is not the workdir of a training run; "
+            "give the directory that `moejax train` printed."
+        )
+    history = build_history(iter_metrics(metrics))
+    if not len(history.steps):
+        raise UserError(
+            f"{metrics} holds no training record yet; let the run reach its first logged step "
+            "(every log_every steps) and ask again."
+        )
+    return history
+
+
+def _plans(history: History) -> tuple[_Plan, ...]:
+    return _ALWAYS + _WITH_EXPERTS if history.load.size else _ALWAYS
+
+
+def _draw(history: History, plan: _Plan, out: pathlib.Path) -> html.Picture:
+    path = out / plan.file
+    with figures.style():
+        plan.draw(history).savefig(path)
+    return html.Picture(path=path, title=plan.title, caption=plan.caption)
+
+
+def _config_text(run_dir: pathlib.Path) -> str | None:
+    path = run_dir / "config.txt"
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None

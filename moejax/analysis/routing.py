@@ -1,0 +1,91 @@
+"""Statistics of expert load: MaxVio, entropy, effective experts, dead experts, percentiles.
+
+Everything here is numpy on the host. `load` is `[..., E]`: each expert's share of the choices of
+one layer (a row sums to 1), or plain counts; every statistic is invariant to that scale. The
+*even share* is the mean over experts, 1/E where a row sums to 1. A row without any choice has no
+statistics: its results are NaN.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+def relative_load(load: ArrayLike) -> NDArray:
+    """Load divided by the even share: `load_i / mean(load)`. `[..., E] -> [..., E]`; 1 is even."""
+    load = np.asarray(load, np.float64)
+    mean = load.mean(-1, keepdims=True)
+    return np.divide(load, mean, out=np.full_like(load, np.nan), where=mean > 0)
+
+
+def max_vio(load: ArrayLike) -> NDArray:
+    """Largest violation of balance: `(max_i load_i - mean(load)) / mean(load)`.
+
+    `[..., E] -> [...]`. 0 is perfect balance; the most a top-k router can reach is `E/k - 1`.
+    Source: "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts",
+    arXiv 2408.15664, section 4.1.
+    """
+    return relative_load(load).max(-1) - 1.0
+
+
+def normalized_entropy(entropy: ArrayLike, num_experts: int) -> NDArray:
+    """An entropy in nats divided by its maximum `ln E`: 0 is certain, 1 is uniform.
+
+    With a single expert there is nothing to choose and the result is 1.
+    """
+    entropy = np.asarray(entropy, np.float64)
+    if num_experts < 2:
+        return np.ones_like(entropy)
+    return entropy / np.log(num_experts)
+
+
+def load_entropy(load: ArrayLike) -> NDArray:
+    """Normalised entropy of the load, `-sum_i p_i ln p_i / ln E` with `p = load / sum(load)`.
+
+    `[..., E] -> [...]`, 1 when every expert has the same load, 0 when one expert has it all.
+    """
+    load = np.asarray(load, np.float64)
+    return normalized_entropy(_entropy_nats(load), load.shape[-1])
+
+
+def effective_experts(load: ArrayLike) -> NDArray:
+    """The number of equally loaded experts with the same load entropy: `exp(-sum p ln p)`.
+
+    `[..., E] -> [...]`, from 1 to E. A top-k router cannot go below k: its choices for one token
+    are k different experts.
+    """
+    return np.exp(_entropy_nats(load))
+
+
+def load_spread(load: ArrayLike, k: int) -> NDArray:
+    """Where the effective number of experts lies between its least, k (0), and its most, E (1).
+
+    `[..., E] -> [...]`. The scale makes layers with different E and k comparable; when k is E
+    there is nothing to spread and the result is 1.
+    """
+    num_experts = np.shape(load)[-1]
+    effective = effective_experts(load)
+    if num_experts <= k:
+        return np.where(np.isnan(effective), np.nan, 1.0)
+    return np.clip((effective - k) / (num_experts - k), 0.0, 1.0)
+
+
+def dead_experts(load: ArrayLike, threshold: float = 0.0) -> NDArray[np.bool_]:
+    """Which experts get no more than `threshold` of the even share. `[..., E] -> [..., E]`.
+
+    The default, 0, marks those without a single token. NaN load is not dead.
+    """
+    return relative_load(load) <= threshold
+
+
+def load_percentiles(load: ArrayLike, percentiles: ArrayLike) -> NDArray:
+    """Percentiles (0 to 100) over experts of the relative load. `[..., E] -> [..., Q]`."""
+    return np.moveaxis(np.percentile(relative_load(load), percentiles, axis=-1), 0, -1)
+
+
+def _entropy_nats(load: ArrayLike) -> NDArray:
+    load = np.asarray(load, np.float64)
+    p = relative_load(load) / load.shape[-1]
+    terms = np.where(p == 0, 0.0, p * np.log(np.where(p > 0, p, 1.0)))
+    return -terms.sum(-1)

@@ -1,0 +1,90 @@
+"""The arguments that commands share: a config, `path=value` overrides, `--trust-config`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import TYPE_CHECKING
+
+from moejax.errors import UserError
+
+if TYPE_CHECKING:
+    import fiddle as fdl
+
+    from moejax.train.restore import LoadedRun
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds CONFIG, overrides and `--trust-config`; read them with `config_from`."""
+    parser.add_argument(
+        "config",
+        metavar="CONFIG[:function]",
+        help="a config file such as configs/tiny.py or configs/tiny.py:smoke, or a run's folder",
+    )
+    add_override_arguments(parser)
+
+
+def add_override_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds overrides and `--trust-config`, for commands that take their config from elsewhere."""
+    parser.add_argument(
+        "overrides",
+        metavar="path=value",
+        nargs="*",
+        help="changes to the config, such as steps=50 workdir=runs/a model.block.ffn.router.k=2 "
+        "or model.block.ffn.router=my_router.py:MyRouter",
+    )
+    parser.add_argument(
+        "--trust-config",
+        action="store_true",
+        help="let a run's config.json name any code, not only moejax's and unchanged files",
+    )
+
+
+def config_from(args: argparse.Namespace) -> fdl.Config:
+    """The config that the arguments name, with its overrides, checked.
+
+    Raises:
+      UserError: see `load_config`, `apply_overrides` and `check_config`.
+    """
+    from moejax.config.check import check_config
+    from moejax.config.load import load_config
+    from moejax.config.overrides import apply_overrides
+
+    if "=" in args.config and not os.path.exists(args.config):
+        raise UserError(f"the config comes before its overrides: CONFIG {args.config}")
+    config = load_config(args.config, trusted=args.trust_config)
+    return check_config(apply_overrides(config, args.overrides))
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds RUN, `--step` and `--trust-config`; read them with `load_run`."""
+    parser.add_argument("run", metavar="RUN", help="workdir of a training run")
+    parser.add_argument(
+        "--step", type=int, metavar="N", help="use this checkpoint, not the newest valid one"
+    )
+    parser.add_argument("--trust-config", action="store_true", help="see `moejax train --help`")
+
+
+def load_run(args: argparse.Namespace) -> LoadedRun:
+    """The experiment and the trained variables of the run that the arguments name.
+
+    Raises:
+      UserError: no such run, no usable checkpoint, or a config that is not trusted.
+    """
+    from moejax.config.build import build_config
+    from moejax.config.load import load_config
+    from moejax.train.restore import load_variables
+
+    use_compilation_cache()
+    experiment = build_config(load_config(args.run, trusted=args.trust_config))
+    return load_variables(experiment, args.run, step=args.step)
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs in the cache folder, so that a second start takes seconds."""
+    import jax
+
+    folder = os.environ.get("MOEJAX_CACHE") or "~/.cache/moejax"
+    jax.config.update(
+        "jax_compilation_cache_dir", os.path.join(os.path.expanduser(folder), "compiled")
+    )

@@ -1,0 +1,68 @@
+"""Train an experiment, or resume it from its own folder.
+
+SIGTERM and Ctrl-C write a checkpoint at the next step and exit with status 0; the same command, or
+`moejax train WORKDIR`, resumes exactly there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import pathlib
+
+from moejax.commands import arguments
+
+EXAMPLE = "moejax train configs/tiny.py steps=50 model.block.ffn.router.k=2 workdir=runs/a"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    arguments.add_config_arguments(parser)
+    parser.add_argument(
+        "--until",
+        type=int,
+        metavar="STEP",
+        help="stop after this step with a checkpoint, to be resumed later",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    config = arguments.config_from(args)
+
+    from moejax.analysis.report import write_report
+    from moejax.config.build import build_config
+    from moejax.config.load import load_config
+    from moejax.config.run_directory import CONFIG_JSON, claim
+    from moejax.train.loop import train
+    from moejax.train.manifest import versions
+
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    arguments.use_compilation_cache()
+    experiment = build_config(config)
+    workdir = pathlib.Path(experiment.workdir)
+    stored = None
+    if (workdir / CONFIG_JSON).exists():
+        stored = load_config(workdir, trusted=args.trust_config)
+    claim(workdir, config, stored, versions())
+
+    finished = train(experiment, name=args.config, until=args.until)
+    if finished.paused_by is not None:
+        print(f"{finished.paused_by}: stopped at step {finished.step} with a checkpoint; resume:")
+        print(f"  moejax train {workdir}")
+        return 0
+    _print_results(finished.results)
+    print(f"report: {write_report(workdir)}")
+    return 0
+
+
+def _print_results(results: dict) -> None:
+    if "sample" in results:
+        print(f"\n--- sample ---\n{results['sample']}\n--------------\n")
+    print("held-out bits per byte")
+    rows = {
+        "this model": "eval/bits_per_byte",
+        "xz -9": "xz_bits_per_byte",
+        "gzip -9": "gzip_bits_per_byte",
+    }
+    for label, name in rows.items():
+        if name in results:
+            print(f"  {label:12} {results[name]:.3f}")

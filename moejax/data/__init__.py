@@ -1,0 +1,36 @@
+"""Data: sources -> tokenizer -> packed rows -> batches by step number.
+
+`Data(...).prepare(seq_len=..., batch_size=..., seed=...)` gives `Loaders`. Each stage is a file:
+`source.py` (and `jsonl.py`, `token_arrays.py`), `tokenizer.py` (and `subword.py`),
+`documents.py` (tokens on disk), `pack.py`, `rows.py`, `mixture.py`, `loader.py`.
+"""
+
+from moejax.data.errors import DataError
+from moejax.data.jsonl import JsonLines
+from moejax.data.mixture import Mixture
+from moejax.data.pack import BestFit, ConcatChunk
+from moejax.data.pipeline import Data, Loaders
+from moejax.data.source import Source, TextFiles, python_stdlib
+from moejax.data.subword import BPE, HFTokenizer, train_bpe
+from moejax.data.token_arrays import TokenArrays, write_token_arrays
+from moejax.data.tokenizer import ByteTokenizer, Tokenizer
+
+__all__ = [
+    "BPE",
+    "BestFit",
+    "ByteTokenizer",
+    "ConcatChunk",
+    "Data",
+    "DataError",
+    "HFTokenizer",
+    "JsonLines",
+    "Loaders",
+    "Mixture",
+    "Source",
+    "TextFiles",
+    "TokenArrays",
+    "Tokenizer",
+    "python_stdlib",
+    "train_bpe",
+    "write_token_arrays",
+]

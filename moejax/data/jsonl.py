@@ -1,0 +1,104 @@
+"""JSON Lines: one JSON object per line, one of its fields is the document."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+import pathlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from moejax.data.errors import DataError
+from moejax.data.fingerprint import files_fingerprint, fingerprint, held_out, relative_name
+from moejax.data.source import Skipped, check_holdout, check_split, existing
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JsonLines:
+    """Text documents from `.jsonl` files (or `.jsonl.gz`).
+
+    One line in `holdout_every`, chosen by a hash of file name and line number, is held out.
+    Lines that are not an object with a text in `field` are skipped with one warning; blank lines
+    and empty texts are not documents.
+
+    Attributes:
+      path: a file, or a folder whose `*.jsonl` and `*.jsonl.gz` files are read in sorted order.
+      field: the name of the field that holds the text.
+      holdout_every: the mean distance between held-out lines.
+    """
+
+    path: str
+    field: str = "text"
+    holdout_every: int = 20
+
+    def documents(self, split: str) -> Iterator[str]:
+        check_split(split)
+        check_holdout(self, self.holdout_every)
+        skipped = Skipped(f"lines in {self.path!r} without a text in field {self.field!r}")
+        count = 0
+        held = self._held_out()
+        number = 0
+        for name, path in self._files():
+            for line_number, line in _lines(path):
+                keep = held[number] == (split == "eval")
+                number += 1
+                text = self._text(f"{name}:{line_number}", line, skipped) if keep else ""
+                if text:
+                    count += 1
+                    yield text
+        skipped.report()
+        if not count:
+            raise DataError(
+                f"the {split} split of {self.path!r} holds no line with a text in field "
+                f"{self.field!r}: set `field` to the name the file uses"
+            )
+
+    def fingerprint(self, split: str) -> str:
+        check_split(split)
+        files = files_fingerprint(self._root, [path for _, path in self._files()])
+        return fingerprint(files, self.field, self.holdout_every, split)
+
+    @property
+    def _root(self) -> pathlib.Path:
+        return existing(self.path, what="JSON Lines file or folder")
+
+    def _files(self) -> list[tuple[str, pathlib.Path]]:
+        root = self._root
+        if root.is_file():
+            return [(root.name, root)]
+        found = [p for end in ("*.jsonl", "*.jsonl.gz") for p in root.rglob(end) if p.is_file()]
+        if not found:
+            raise DataError(f"folder {str(root)!r} holds no *.jsonl file: correct the path")
+        return sorted((relative_name(root, p), p) for p in found)
+
+    def _held_out(self) -> np.ndarray:
+        """bool, one per non-blank line of all files, in order."""
+        names = [f"{name}:{n}" for name, path in self._files() for n, _ in _lines(path)]
+        return held_out(names, self.holdout_every)
+
+    def _text(self, where: str, line: bytes, skipped: Skipped) -> str:
+        try:
+            record = json.loads(line)
+        except ValueError:  # covers bad JSON and bytes that are not UTF-8
+            skipped.add(where, "not JSON")
+            return ""
+        text = record.get(self.field) if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            fields = ", ".join(map(repr, record)) if isinstance(record, dict) else "none"
+            skipped.add(where, f"its fields: {fields}")
+            return ""
+        return text.encode("utf-8", "replace").decode()  # "\ud800" is JSON but not text
+
+
+def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
+    """(line number from 1, line) of every line that is not blank."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rb") as f:
+            for number, line in enumerate(f, 1):
+                if line.strip():
+                    yield number, line
+    except (OSError, EOFError) as e:
+        raise DataError(f"cannot read {str(path)!r}: {e}") from e

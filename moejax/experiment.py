@@ -1,0 +1,83 @@
+"""Experiment: the root of every config. Builds the parts that depend on each other."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from moejax.data.pipeline import Data, Loaders
+from moejax.errors import UserError
+from moejax.models.generate import Sampling
+from moejax.models.transformer import Transformer
+from moejax.objectives.lm import NextToken
+from moejax.optim.guard import Guard
+from moejax.optim.optimizer import AdamW
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """One training run. Every number lives at exactly one path below this object.
+
+    Attributes:
+      model: its vocabulary size is left out and taken from the data's tokenizer.
+      data: sources, tokenizer and packing.
+      optimizer: its schedule receives `steps`.
+      objective: what is minimised.
+      guard: refuses steps that are not finite or that spike.
+      steps: optimiser steps of the whole run.
+      batch_size: sequences per step, over all devices. sequence_length: tokens per sequence.
+      num_microbatches: the batch is split into this many parts to save memory; no sum, count or
+        gradient changes by it.
+      seed: of initialisation, data order and sampling layers.
+      workdir: the run's directory: config, metrics, checkpoints, report.
+      log_every, eval_every, checkpoint_every: in steps; 0 never (eval and checkpoint still
+        happen at the end).
+      keep_last: checkpoints kept, newest first. keep_every: besides, every n-th step, 0 none.
+      prompts: texts that are continued at the end of the run, as `sampling` says.
+    """
+
+    model: Transformer
+    data: Data
+    optimizer: AdamW
+    objective: NextToken
+    steps: int
+    batch_size: int
+    sequence_length: int
+    workdir: str
+    guard: Guard = dataclasses.field(default_factory=Guard)
+    num_microbatches: int = 1
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 0
+    checkpoint_every: int = 100
+    keep_last: int = 2
+    keep_every: int = 0
+    prompts: tuple[str, ...] = ()
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "sequence_length", "num_microbatches", "log_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.batch_size % self.num_microbatches:
+            raise UserError(
+                f"num_microbatches={self.num_microbatches} does not divide "
+                f"batch_size={self.batch_size}"
+            )
+        longest = self.model.max_length
+        if longest is not None and self.sequence_length > longest:
+            raise UserError(
+                f"sequence_length={self.sequence_length} is longer than "
+                f"model.max_length={longest}; lower the one or raise the other"
+            )
+        if self.model.vocab_size is not None:
+            raise UserError("leave model.vocab_size unset: it is taken from data.tokenizer")
+
+    def prepare_data(self) -> Loaders:
+        """Tokenises and packs (or finds it cached), for this batch and sequence length."""
+        return self.data.prepare(
+            seq_len=self.sequence_length, batch_size=self.batch_size, seed=self.seed
+        )
+
+    def build_model(self, vocab_size: int) -> Transformer:
+        """The model with the tokenizer's vocabulary."""
+        return dataclasses.replace(self.model, vocab_size=vocab_size)

@@ -1,0 +1,84 @@
+"""Gated linear unit experts: the SwiGLU of Mixtral, OLMoE, Qwen3, DeepSeek, and gpt-oss's clamped one.
+
+Shazeer, arXiv 2002.05202: down(activation(gate(x)) * up(x)), computed by `kernels.expert_mlp`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax.linen import initializers
+from jaxtyping import Array
+
+from moejax.kernels.expert_mlp import Biases, expert_mlp
+
+# Experts are the batch axis: every expert is initialised like a dense layer of its own.
+_fan_in = initializers.variance_scaling(1.0, "fan_in", "normal", batch_axis=(0,))
+
+
+class GLU(nn.Module):
+    """E experts of width F with stacked weights.
+
+    Attributes:
+      d_ff: width F of one expert.
+      activation: `silu`, `gelu` or `swiglu_clamped` (gpt-oss).
+      use_bias: biases on gate, up and down.
+      implementation: of `kernels.expert_mlp`; None picks one that has passed its tests.
+      down_init: initialiser of the down projection `[E, F, D]`.
+
+    Called as `experts(num_experts, d_model) -> (weights, compute)`, the two things a transport
+    needs: a pytree of weights with a leading expert axis, and the pure function
+    `compute(rows [R, D], local_ids [R, K], gate [R, K], weights) -> [R, D]`.
+    """
+
+    d_ff: int
+    activation: str = "silu"
+    use_bias: bool = False
+    implementation: str | None = None
+    down_init: nn.initializers.Initializer = _fan_in
+
+    @nn.compact
+    def __call__(self, num_experts: int, d_model: int) -> tuple[Any, Callable[..., Array]]:
+        def weight(name: str, init: Any, shape: tuple[int, ...], axes: tuple[str, ...]) -> Array:
+            return self.param(name, nn.with_logical_partitioning(init, axes), shape)
+
+        e, d, f = num_experts, d_model, self.d_ff
+        weights = {
+            "gate": weight("gate", _fan_in, (e, d, f), ("expert", "embed", "mlp")),
+            "up": weight("up", _fan_in, (e, d, f), ("expert", "embed", "mlp")),
+            "down": weight("down", self.down_init, (e, f, d), ("expert", "mlp", "embed")),
+        }
+        if self.use_bias:
+            zeros = initializers.zeros
+            weights["gate_bias"] = weight("gate_bias", zeros, (e, f), ("expert", "mlp"))
+            weights["up_bias"] = weight("up_bias", zeros, (e, f), ("expert", "mlp"))
+            weights["down_bias"] = weight("down_bias", zeros, (e, d), ("expert", "embed"))
+        return weights, self.compute
+
+    def compute(self, rows: Array, local_ids: Array, gate: Array, weights: Any) -> Array:
+        """The weighted sum of the chosen experts' outputs for each row `[R, D]`."""
+        w = {name: value.astype(rows.dtype) for name, value in weights.items()}
+        biases = None
+        if self.use_bias:
+            biases = Biases(gate=w["gate_bias"], up=w["up_bias"], down=w["down_bias"])
+        return expert_mlp(
+            rows,
+            w["gate"],
+            w["up"],
+            w["down"],
+            local_ids,
+            gate,
+            biases=biases,
+            activation=self.activation,
+            implementation=self.implementation,
+        )
+
+
+def scaled_down_init(scale: float) -> nn.initializers.Initializer:
+    """Normal with variance `scale / F` per expert; 0 starts every expert's output at zero."""
+    if scale == 0:
+        return lambda key, shape, dtype=jnp.float32: jnp.zeros(shape, dtype)
+    return initializers.variance_scaling(scale, "fan_in", "normal", batch_axis=(0,))

@@ -1,0 +1,55 @@
+"""What differs between JAX versions and between manual and automatic axes, in one place.
+
+Verified with jax 0.10.2 and 0.12.0.1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+
+def _varying_axes(x: Any) -> frozenset[str]:
+    """The manual mesh axes over which the value of `x` may differ; empty outside `shard_map`."""
+    kind = getattr(jax.typeof(x), "manual_axis_type", None)
+    return frozenset() if kind is None else frozenset(kind.varying)
+
+
+def vary_alike(tree: Any) -> Any:
+    """Marks every array as varying over the union of the leaves' manual axes.
+
+    Inside `shard_map` a loop needs carries of one type, and a hand-written gradient that mixes a
+    sharded and a replicated operand is a partial sum. The transpose of this cast is the `psum` that
+    completes it. Outside `shard_map` it does nothing.
+    """
+    axes = frozenset().union(*map(_varying_axes, jax.tree.leaves(tree)))
+
+    def cast(x: Array) -> Array:
+        missing = tuple(sorted(axes - _varying_axes(x)))
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(cast, tree)
+
+
+def zeros(shape: tuple[int, ...], dtype: Any, *, like: Array) -> Array:
+    """Zeros that vary over the same manual axes as `like`, fit for a loop's carry."""
+    axes = tuple(sorted(_varying_axes(like)))
+    out = jnp.zeros(shape, dtype)
+    return lax.pcast(out, axes, to="varying") if axes else out
+
+
+def target_platform() -> str:
+    """The platform that code traced here is meant for: "cpu", "gpu", "tpu".
+
+    The abstract mesh knows inside `shard_map` and under `jax.set_mesh`, also when compiling ahead of
+    time for another machine. Elsewhere it is the default device's.
+    """
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    platform = getattr(device, "platform", None)
+    if platform is None:
+        default = jax.config.jax_default_device
+        platform = getattr(default, "platform", default) or jax.default_backend()
+    return "gpu" if platform in ("cuda", "rocm") else platform

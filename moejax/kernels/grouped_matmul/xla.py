@@ -1,0 +1,66 @@
+"""Grouped matmul by XLA's ragged dot: a real kernel on TPU, a G-fold dense expansion on CPU.
+
+XLA leaves rows past the last group undefined on some platforms and has no group offset, so rows are
+rolled to the front, and rows that belong to no group are selected to zero before and after.
+
+Where XLA expands the product (CPU, and GPU by default) a NaN in any group's weight reaches every
+row; a NaN in an unused row reaches nothing on any platform.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from moejax.kernels.grouped_matmul.groups import LocalGroups
+from moejax.types import at_least_f32
+
+
+def forward(lhs: Array, rhs: Array, groups: LocalGroups, *, transpose_rhs: bool, dtype) -> Array:
+    """out[r] = lhs[r] @ rhs[group of r] (its transpose if `transpose_rhs`); `[R, N]`."""
+    dims = lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((1,), (2 if transpose_rhs else 1,)), ((), ())),
+        lhs_ragged_dimensions=[0],
+        rhs_group_dimensions=[0],
+    )
+    rows = _to_front(lhs, groups)
+    out = _ragged_dot(rows, rhs, groups, dims).astype(dtype)
+    return jnp.roll(_only_held(out, groups), groups.first_row, axis=0)
+
+
+def grad_lhs(dout: Array, rhs: Array, groups: LocalGroups, *, transpose_rhs: bool, dtype) -> Array:
+    """dlhs[r] = dout[r] @ rhs[group of r].T; `[R, K]`."""
+    return forward(dout, rhs, groups, transpose_rhs=not transpose_rhs, dtype=dtype)
+
+
+def grad_rhs(lhs: Array, dout: Array, groups: LocalGroups, *, transpose_rhs: bool, dtype) -> Array:
+    """drhs[g] = lhs[rows of g].T @ dout[rows of g]; `[G, K, N]` (`[G, N, K]` if transposed)."""
+    dims = lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((0,), (0,)), ((), ())),
+        lhs_ragged_dimensions=[0],
+        rhs_group_dimensions=[],
+    )
+    a, b = (dout, lhs) if transpose_rhs else (lhs, dout)
+    drhs = _ragged_dot(_to_front(a, groups), _to_front(b, groups), groups, dims)
+    empty = (groups.sizes == 0)[:, None, None]
+    return jnp.where(empty, 0, drhs).astype(dtype)
+
+
+def _ragged_dot(a: Array, b: Array, groups: LocalGroups, dims) -> Array:
+    return lax.ragged_dot_general(
+        a,
+        b,
+        groups.sizes,
+        dims,
+        preferred_element_type=at_least_f32(jnp.result_type(a, b)),
+    )
+
+
+def _to_front(rows: Array, groups: LocalGroups) -> Array:
+    """The groups' rows from row 0 on, zero behind them."""
+    return _only_held(jnp.roll(rows, -groups.first_row, axis=0), groups)
+
+
+def _only_held(rows: Array, groups: LocalGroups) -> Array:
+    held = jnp.arange(rows.shape[0], dtype=jnp.int32) < jnp.sum(groups.sizes)
+    return jnp.where(held[:, None], rows, 0)

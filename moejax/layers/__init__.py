@@ -1,0 +1,1 @@
+"""Small building blocks that every family of layers may use."""

@@ -1,0 +1,49 @@
+"""A linear projection: the prototype that adapters replace.
+
+Attention and MLPs hold one unbound `linear` and `copy` it for every projection, so that a LoRA
+or any other adapter is put in by swapping that one prototype.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax.linen import initializers
+from jaxtyping import Array, Float
+
+from moejax.types import Context
+
+fan_in_normal = initializers.variance_scaling(1.0, "fan_in", "normal")
+
+
+class Linear(nn.Module):
+    """`y = x W + b`, computed in the dtype of `x`.
+
+    Attributes:
+      features: output width.
+      use_bias: whether there is a bias, initialised to 0.
+      kernel_init: initialiser of the kernel `[in, out]`; normal with variance `1 / in` by default.
+      axes: logical names of the kernel's two axes, for sharding.
+    """
+
+    features: int = 0
+    use_bias: bool = False
+    kernel_init: nn.initializers.Initializer = fan_in_normal
+    axes: tuple[str | None, str | None] = (None, None)
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... K"], context: Context) -> Float[Array, "... N"]:
+        init = nn.with_logical_partitioning(self.kernel_init, self.axes)
+        kernel = self.param("kernel", init, (x.shape[-1], self.features))
+        y = x @ kernel.astype(x.dtype)
+        if self.use_bias:
+            zeros = nn.with_logical_partitioning(initializers.zeros, self.axes[1:])
+            y = y + self.param("bias", zeros, (self.features,)).astype(x.dtype)
+        return y
+
+
+def scaled_fan_in_normal(scale: float) -> nn.initializers.Initializer:
+    """Normal with variance `scale / fan_in`; a scale of 0 starts the projection at zero."""
+    if scale == 0:
+        return lambda key, shape, dtype=jnp.float32: jnp.zeros(shape, dtype)
+    return initializers.variance_scaling(scale, "fan_in", "normal")

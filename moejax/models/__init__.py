@@ -1,0 +1,1 @@
+"""Assembly: how routers, experts, attention and norms become a language model."""

@@ -1,0 +1,61 @@
+"""Model FLOPs: what the mathematics of one training step needs, whatever the hardware does.
+
+6 per active matmul weight and token (2 forward, 4 backward), and for causal attention
+12 * keys * H * N per layer and token, where keys is the mean number of keys a query may see (scores
+and values, 2 each forward and 4 backward). Chowdhery et al., "PaLM", arXiv 2204.02311, appendix B, with
+the causal half not counted. Recomputation under remat is not useful work and is not counted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+
+from moejax.models.transformer import Transformer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Size:
+    """Parameter counts and work. `active_params` is what one token uses (k of E experts)."""
+
+    params: int
+    active_params: int
+    train_flops_per_token: float
+
+
+def size(model: Transformer, sequence_length: int) -> Size:
+    """Counts from abstract shapes; no memory is allocated."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0))["params"]
+    axes = model.logical_axes()["params"]
+    leaves = jax.tree_util.tree_leaves_with_path(shapes)
+    names = jax.tree.leaves(axes, is_leaf=lambda a: isinstance(a, tuple))
+    params = active = matmul = 0.0
+    for (path, leaf), axis_names in zip(leaves, names, strict=True):
+        count = math.prod(leaf.shape)
+        share = 1.0
+        if "expert" in axis_names and model.moe is not None:
+            share = getattr(model.moe.router, "k", model.moe.num_experts) / model.moe.num_experts
+        params += count
+        active += share * count
+        is_lookup = "embedding" in jax.tree_util.keystr(path) and not model.tied_head
+        # A stacked matrix has three axes (layers first), a stacked vector two.
+        rank = leaf.ndim - (axis_names[:1] == ("layers",))
+        if rank >= 2 and not is_lookup:
+            matmul += share * count
+    flops = 6 * matmul + _attention_flops(model, sequence_length)
+    return Size(params=int(params), active_params=round(active), train_flops_per_token=flops)
+
+
+def _attention_flops(model: Transformer, sequence_length: int) -> float:
+    attention = model.block.attention
+    heads = getattr(attention, "num_heads", 0)
+    width = heads * (getattr(attention, "head_dim", None) or model.d_model // max(heads, 1))
+    total = 0.0
+    for index in range(model.num_layers):
+        window = model.windows[index % len(model.windows)] or sequence_length
+        reach = min(window, sequence_length)
+        average = reach - reach * (reach - 1) / (2 * sequence_length)  # mean number of visible keys
+        total += 12 * average * width
+    return total

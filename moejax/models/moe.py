@@ -1,0 +1,109 @@
+"""The MoE feed-forward: router -> transport(experts) -> combine, plus balance and statistics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from moejax.balance.rule import Rule
+from moejax.errors import UserError
+from moejax.types import Context, Routing, Stats, Terms, add_terms
+
+
+class MoE(nn.Module):
+    """A mixture-of-experts feed-forward layer.
+
+    Attributes:
+      num_experts: routed experts E.
+      router: `(x [T, D], context) -> (Routing, carry)`.
+      experts: `(num_experts, d_model) -> (weights, compute)`.
+      transport: how tokens and weights meet; never drops silently.
+      balance: the balance rules. There is no default: a model states its balancing, and
+        `Unbalanced()` states none.
+      shared: an MLP that every token passes through besides (shared experts), or None.
+    """
+
+    num_experts: int
+    router: nn.Module
+    experts: nn.Module
+    transport: Any
+    balance: tuple[Rule, ...]
+    shared: nn.Module | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B S D"], context: Context) -> tuple[Array, Terms, Stats, Any]:
+        """Returns (y, terms, stats, router carry). Padding is routed nowhere and counts nowhere."""
+        if not self.balance:
+            raise UserError(
+                "ffn.balance is empty: name at least one rule, for example TwoPassLoadBalance("
+                "weight=0.01); Unbalanced() states that there is none"
+            )
+        names = [rule.name for rule in self.balance if rule.name]
+        if len(set(names)) < len(names):
+            raise UserError(f"ffn.balance names the same rule twice: {', '.join(names)}")
+        states = [self._remembered(i, rule) for i, rule in enumerate(self.balance)]
+        biases = [r.selection_bias(s) for r, s in zip(self.balance, states, strict=True)]
+        biases = [b for b in biases if b is not None]
+        context = context.replace(
+            num_experts=self.num_experts, selection_bias=sum(biases) if biases else None
+        )
+        rows = x.reshape(-1, x.shape[-1])  # [T, D]
+        routing, carry = self.router(rows, context)
+        routing = _without_padding(routing, context.token_mask.reshape(-1))
+        weights, compute = self.experts(self.num_experts, x.shape[-1])
+        y, counts = self.transport(rows, routing, weights, compute)
+        y = y.reshape(x.shape).astype(x.dtype)
+        if self.shared is not None:
+            y = y + self.shared(x, context)
+
+        terms: Terms = {}
+        for rule, state in zip(self.balance, states, strict=True):
+            terms = add_terms(terms, rule.terms(routing, context, state))
+        return y, terms, _statistics(routing, context) | counts, carry
+
+    def _remembered(self, index: int, rule: Rule) -> dict[str, Array]:
+        """The rule's remembered arrays, kept in the collection `router_state`."""
+        initial = rule.state(self.num_experts)
+        return {
+            key: self.variable("router_state", f"balance_{index}_{key}", lambda v=value: v).value
+            for key, value in initial.items()
+        }
+
+    def update_router_state(self, state: dict[str, Array], stats: Stats) -> dict[str, Array]:
+        """The next `router_state` of one layer, from statistics of the whole optimiser step."""
+        new = dict(state)
+        for index, rule in enumerate(self.balance):
+            prefix = f"balance_{index}_"
+            own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            new |= {prefix + k: v for k, v in rule.update(own, stats).items()}
+        return new
+
+
+def _without_padding(routing: Routing, mask: Array) -> Routing:
+    """Empty slots for padding, by selection: whatever the router computed there is dropped."""
+    num_experts = routing.probs.shape[-1]
+    keep = mask[:, None]
+    return Routing(
+        experts=jnp.where(keep, routing.experts, num_experts),
+        weights=jnp.where(keep, routing.weights, 0),
+        probs=jnp.where(keep, routing.probs, 0),
+        logits=jnp.where(keep, routing.logits, 0),
+        extras=routing.extras,
+    )
+
+
+def _statistics(routing: Routing, context: Context) -> Stats:
+    """Sums over tokens: choices per expert, tokens, and the entropy of the router in nats."""
+    num_experts = routing.probs.shape[-1]
+    probs = jax.lax.stop_gradient(routing.probs)
+    entropy = -jnp.where(probs > 0, probs * jnp.log(jnp.where(probs > 0, probs, 1)), 0).sum()
+    picked = routing.experts[:, :, None] == jnp.arange(num_experts)
+    return {
+        "load": picked.sum(axis=(0, 1)).astype(jnp.int32),
+        "tokens": context.token_mask.sum().astype(jnp.int32),
+        "entropy": entropy,
+    } | jax.lax.stop_gradient(routing.extras)

@@ -1,0 +1,172 @@
+"""Layers in sequence: which layer is what, and one `lax.scan` per run of like layers.
+
+Parameters of like layers are stacked on a leading axis whatever the scan does, and layer l is
+initialised from fold_in(key, l). So scanned, unrolled and segmented stacks have the same
+parameters and the same results, and nothing depends on how the layers were grouped.
+
+The block is applied as a pure function (`block.apply`) inside a plain `jax.lax.scan`: every
+collection is an ordinary scanned array, so none can be dropped or shared by a lifting rule.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from moejax.types import Context, Stats, Terms, add_terms
+
+# Rematerialisation by name: what the backward pass may keep of a layer.
+REMAT_POLICIES: dict[str, Any] = {
+    "none": None,  # keep everything; no recomputation
+    "full": jax.checkpoint_policies.nothing_saveable,  # keep only the layer's input
+    "dots": jax.checkpoint_policies.checkpoint_dots,  # keep matmul results
+    "dots_without_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One layer's block and what distinguishes it: equal `kind` means it can be scanned with."""
+
+    block: nn.Module
+    kind: tuple[Any, ...]
+    window: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """`count` repetitions of `layers`, the first of which is global layer `start`.
+
+    Member j of the unit holds layers start + j, start + j + period, ...; its stacked parameters
+    are named `layers_<start + j>`.
+    """
+
+    start: int
+    count: int
+    layers: tuple[Layer, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(f"layers_{self.start + j}" for j in range(len(self.layers)))
+
+    def indices(self, member: int) -> list[int]:
+        """Global layer indices of one member, in order."""
+        return [self.start + member + r * len(self.layers) for r in range(self.count)]
+
+
+def segments(layers: Sequence[Layer]) -> list[Segment]:
+    """Groups layers into as few scanned runs as possible; a run may repeat a unit of several."""
+    kinds = [layer.kind for layer in layers]
+    out, start = [], 0
+    while start < len(layers):
+        best = (1, 1)  # (period, count)
+        for period in range(1, (len(layers) - start) // 2 + 1):
+            count = 1
+            while kinds[start + count * period :][:period] == kinds[start : start + period]:
+                count += 1
+            if count > 1 and period * count > best[0] * best[1]:
+                best = (period, count)
+        period, count = best
+        out.append(Segment(start, count, tuple(layers[start : start + period])))
+        start += period * count
+    return out
+
+
+def init(
+    layout: Sequence[Segment], key: Array, x: Array, context: Context
+) -> dict[str, dict[str, Any]]:
+    """Stacked variables {collection: {segment name: {...: [count, ...]}}} for every layer."""
+    variables: dict[str, dict[str, Any]] = {}
+    for segment in layout:
+        for member, (name, layer) in enumerate(zip(segment.names, segment.layers, strict=True)):
+
+            def init_layer(index: Array, layer: Layer = layer) -> Any:
+                own = context.replace(layer_index=index, window=layer.window)
+                return layer.block.init(jax.random.fold_in(key, index), x, own)
+
+            stacked = jax.vmap(init_layer)(jnp.asarray(segment.indices(member)))
+            stacked = nn.meta.add_axis(stacked, 0, {nn.meta.PARTITION_NAME: "layers"})
+            for collection, tree in stacked.items():
+                variables.setdefault(collection, {})[name] = tree
+    return variables
+
+
+def apply(
+    layout: Sequence[Segment],
+    variables: dict[str, dict[str, Any]],
+    x: Array,
+    context: Context,
+    *,
+    loads: dict[str, Array] | None,
+    remat: str,
+    unroll: int,
+) -> tuple[Array, Terms, Stats, dict[str, Any]]:
+    """Runs every segment. Returns (x, terms summed over layers, stats per name, new cache)."""
+    terms: Terms = {}
+    stats: Stats = {}
+    cache: dict[str, Any] = {}
+    carry = (x, context.router_carry)
+    for segment in layout:
+        step = _segment_step(segment, context, remat)
+        names = set(segment.names)
+        scanned = {
+            collection: {name: tree for name, tree in trees.items() if name in names}
+            for collection, trees in variables.items()
+        }
+        own_loads = {n: loads[n] for n in segment.names if n in loads} if loads else {}
+        indices = jnp.asarray([segment.indices(j) for j in range(len(segment.layers))]).T
+        carry, (new_terms, new_stats, new_cache) = jax.lax.scan(
+            step, carry, (scanned, own_loads, indices), unroll=min(unroll, segment.count)
+        )
+        terms = add_terms(terms, jax.tree.map(lambda t: t.sum(axis=0), new_terms))
+        stats |= new_stats
+        cache |= new_cache
+    return carry[0], terms, stats, cache
+
+
+def _run(block: nn.Module, variables: Any, x: Array, context: Context) -> Any:
+    return block.apply(variables, x, context, mutable=["cache"] if context.decode else [])
+
+
+def _rematerialised(function: Callable[..., Any], remat: str) -> Callable[..., Any]:
+    if remat == "none":
+        return function
+    return jax.checkpoint(function, policy=REMAT_POLICIES[remat])
+
+
+def _segment_step(segment: Segment, context: Context, remat: str) -> Callable[..., Any]:
+    """The scan body: the layers of one unit, one after another."""
+
+    def step(carry: Any, inputs: Any) -> Any:
+        x, router_carry = carry
+        scanned, loads, indices = inputs
+        terms: Terms = {}
+        stats: Stats = {}
+        cache: dict[str, Any] = {}
+        for member, (name, layer) in enumerate(zip(segment.names, segment.layers, strict=True)):
+            index = indices[member]
+            own = context.replace(
+                layer_index=index,
+                window=layer.window,
+                key=None if context.key is None else jax.random.fold_in(context.key, index),
+                loads=loads.get(name),
+                router_carry=router_carry,
+            )
+            variables = {c: trees[name] for c, trees in scanned.items() if name in trees}
+            run_layer = _rematerialised(functools.partial(_run, layer.block), remat)
+            (x, new_terms, new_stats, router_carry), updated = run_layer(variables, x, own)
+            terms = add_terms(terms, new_terms)
+            if new_stats:
+                stats[name] = new_stats
+            if "cache" in updated:
+                cache[name] = updated["cache"]
+        return (x, router_carry), (terms, stats, cache)
+
+    return step

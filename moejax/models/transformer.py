@@ -1,0 +1,263 @@
+"""The decoder-only language model: embedding, a stack of blocks, final norm, head."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from moejax.errors import UserError
+from moejax.layers.norm import RMSNorm
+from moejax.models import stack
+from moejax.models.block import Block
+from moejax.models.moe import MoE
+from moejax.types import Context, Stats, Terms, at_least_f32
+
+Variables = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Output:
+    """What one forward pass gives.
+
+    `logits` are at least float32 `[B, S, V]`; `terms` are unweighted (sum, count) pairs over
+    tokens and MoE layers; `stats` holds `{segment: {statistic: [count, ...]}}`; `cache` is the
+    new decoding cache (empty unless decoding).
+    """
+
+    logits: Float[Array, "B S V"]
+    terms: Terms
+    stats: Stats
+    cache: Variables
+
+
+jax.tree_util.register_dataclass(
+    Output, data_fields=["logits", "terms", "stats", "cache"], meta_fields=[]
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Transformer:
+    """A decoder-only transformer with dense or MoE layers.
+
+    Attributes:
+      num_layers: L.
+      d_model: width D.
+      block: prototype of a layer; its `ffn` is an `MoE` or a dense MLP.
+      dense_ffn: the feed-forward of dense layers, where the pattern below has any.
+      first_k_dense: the first so many layers are dense (DeepSeek).
+      moe_every: of the rest, every n-th is MoE, the last of each n (Qwen's decoder_sparse_step).
+      windows: sliding windows in positions, cycled over the layers; None is full attention.
+      max_length: longest sequence the model accepts, None for no limit.
+      tied_head: the head is the transposed embedding.
+      embed_scale: multiplies the embeddings (Gemma: sqrt(D)).
+      embed_init, head_init: initialisers of the embedding `[V, D]` and the head `[D, V]`.
+      logit_soft_cap: c in c * tanh(logits / c), or None.
+      dtype: of activations and matmuls. param_dtype: of stored parameters.
+      remat: a name in `stack.REMAT_POLICIES`. unroll: layers per scan iteration (speed only).
+      vocab_size: V; left None in a config, the experiment sets it from its tokenizer.
+    """
+
+    num_layers: int
+    d_model: int
+    block: Block
+    dense_ffn: nn.Module | None = None
+    first_k_dense: int = 0
+    moe_every: int = 1
+    windows: tuple[int | None, ...] = (None,)
+    max_length: int | None = None
+    tied_head: bool = False
+    embed_scale: float = 1.0
+    embed_init: nn.initializers.Initializer = nn.initializers.normal(0.02)
+    head_init: nn.initializers.Initializer = nn.initializers.normal(0.02)
+    logit_soft_cap: float | None = None
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    param_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    remat: str = "none"
+    unroll: int = 1
+    vocab_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.remat not in stack.REMAT_POLICIES:
+            known = ", ".join(stack.REMAT_POLICIES)
+            raise UserError(f"model.remat={self.remat!r} is not one of {known}")
+        if self.num_layers < 1 or self.d_model < 1 or self.unroll < 1 or self.moe_every < 1:
+            raise UserError("model.num_layers, d_model, unroll and moe_every must be at least 1")
+        if any(self._is_dense(i) for i in range(self.num_layers)) and self.dense_ffn is None:
+            raise UserError(
+                f"model.first_k_dense={self.first_k_dense} and model.moe_every={self.moe_every} "
+                "make dense layers, but model.dense_ffn is None: give it a DenseGLU"
+            )
+
+    # --- layers -----------------------------------------------------------------------------
+
+    def _is_dense(self, index: int) -> bool:
+        if index < self.first_k_dense:
+            return True
+        return (index - self.first_k_dense + 1) % self.moe_every != 0
+
+    @functools.cached_property
+    def segments(self) -> list[stack.Segment]:
+        """The scanned runs of layers."""
+        return stack.segments([self._layer(i) for i in range(self.num_layers)])
+
+    def _layer(self, index: int) -> stack.Layer:
+        dense = self._is_dense(index)
+        window = self.windows[index % len(self.windows)]
+        block = self.block.clone(ffn=self.dense_ffn) if dense else self.block
+        return stack.Layer(block=block, kind=(dense, window), window=window)
+
+    @functools.cached_property
+    def moe_layers(self) -> dict[int, tuple[str, int]]:
+        """{global layer index: (segment name, row in its stack)} of the MoE layers, in order."""
+        found = {}
+        for segment in self.segments:
+            for member, (name, layer) in enumerate(zip(segment.names, segment.layers, strict=True)):
+                if isinstance(layer.block.ffn, MoE):
+                    found |= {i: (name, row) for row, i in enumerate(segment.indices(member))}
+        return dict(sorted(found.items()))
+
+    @property
+    def moe(self) -> MoE | None:
+        """The MoE feed-forward, or None in a dense model."""
+        return self.block.ffn if self.moe_layers else None
+
+    def loss_weights(self) -> dict[str, float]:
+        """{name of an auxiliary term: its weight in the loss}."""
+        rules = self.moe.balance if self.moe is not None else ()
+        return {rule.name: rule.weight for rule in rules if rule.name}
+
+    # --- variables --------------------------------------------------------------------------
+
+    def init(self, key: Array) -> Variables:
+        """Fresh variables: `params`, and `router_state` where balance rules remember something.
+
+        Layer l's parameters come from fold_in(fold_in(key, 0), l); embedding and head from
+        streams 1 and 2. They are drawn in float32 and stored in `param_dtype`.
+        """
+        return nn.meta.unbox(self._init_boxed(key))
+
+    def logical_axes(self) -> Variables:
+        """The tree of `init` with each leaf's logical axis names instead of its value."""
+        boxed = jax.eval_shape(self._init_boxed, jax.random.key(0))
+        is_box = lambda leaf: isinstance(leaf, nn.meta.AxisMetadata)
+        axes = lambda leaf: tuple(leaf.names) if is_box(leaf) else (None,) * leaf.ndim
+        return jax.tree.map(axes, boxed, is_leaf=is_box)
+
+    def _init_boxed(self, key: Array) -> Variables:
+        if self.vocab_size is None:
+            raise UserError("model.vocab_size is not set: the experiment takes it from a tokenizer")
+        layers_key, embed_key, head_key = (jax.random.fold_in(key, s) for s in range(3))
+        # The shapes do not depend on the batch; one token is enough to trace every layer.
+        x = jnp.zeros((1, 1, self.d_model), jnp.float32)
+        one = jnp.ones((1, 1), jnp.int32)
+        context = self._context(one, one, 0 * one, key=None, step=0)
+        variables = stack.init(self.segments, layers_key, x, context)
+        params = variables["params"]
+        box = nn.LogicallyPartitioned
+        embedding = self.embed_init(embed_key, (self.vocab_size, self.d_model))
+        params["embed"] = {"embedding": box(embedding, ("vocab", "embed"))}
+        params["final_norm"] = self._norm.init(embed_key, x)["params"]
+        if not self.tied_head:
+            head = self.head_init(head_key, (self.d_model, self.vocab_size))
+            params["head"] = {"kernel": box(head, ("embed", "vocab"))}
+        variables["params"] = jax.tree.map(lambda p: p.astype(self.param_dtype), params)
+        variables.pop("cache", None)
+        return variables
+
+    @property
+    def _norm(self) -> nn.Module:
+        return self.block.norm if self.block.norm is not None else RMSNorm()
+
+    # --- forward ----------------------------------------------------------------------------
+
+    def apply(
+        self,
+        variables: Variables,
+        tokens: Int[Array, "B S"],
+        *,
+        segment_ids: Int[Array, "B S"] | None = None,
+        positions: Int[Array, "B S"] | None = None,
+        step: Array | int = 0,
+        key: Array | None = None,
+        loads: dict[str, Array] | None = None,
+        cache_length: int | None = None,
+    ) -> Output:
+        """One forward pass.
+
+        Args:
+          variables: from `init`; with a collection `cache` when decoding.
+          tokens: ids `[B, S]`, each below V.
+          segment_ids: 0 is padding; attention stays within a segment. All ones by default.
+          positions: within each segment; 0, 1, 2, ... along the row by default.
+          step: the optimiser step, for schedules inside layers.
+          key: for layers that sample; None means nothing is random.
+          loads: global-batch shares per expert `{segment: [count, E]}`, from a first pass.
+          cache_length: slots of the decoding cache; given means decode with it.
+        """
+        self._check_length(tokens.shape[1])
+        if segment_ids is None:
+            segment_ids = jnp.ones_like(tokens)
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        context = self._context(tokens, segment_ids, positions, key=key, step=step)
+        context = context.replace(decode=cache_length is not None, cache_length=cache_length)
+        params = variables["params"]
+        x = params["embed"]["embedding"].astype(self.dtype)[tokens] * self.embed_scale
+        # Padding is selected to zero once, here: whatever it held cannot reach anything.
+        x = jnp.where(context.token_mask[..., None], x, 0)
+        layers = {c: {n: t for n, t in v.items() if n.startswith("layers_")} for c, v in variables.items()}
+        x, terms, stats, cache = stack.apply(
+            self.segments, layers, x, context, loads=loads, remat=self.remat, unroll=self.unroll
+        )
+        x = self._norm.apply({"params": params["final_norm"]}, x)
+        return Output(logits=self._logits(params, x), terms=terms, stats=stats, cache=cache)
+
+    def _logits(self, params: Variables, x: Array) -> Array:
+        head = params["embed"]["embedding"].T if self.tied_head else params["head"]["kernel"]
+        dtype = at_least_f32(x.dtype)
+        logits = jnp.matmul(x, head.astype(x.dtype), preferred_element_type=dtype)
+        if self.logit_soft_cap is not None:
+            logits = self.logit_soft_cap * jnp.tanh(logits / self.logit_soft_cap)
+        return logits
+
+    def _context(
+        self, tokens: Array, segment_ids: Array, positions: Array, *, key: Any, step: Any
+    ) -> Context:
+        return Context(
+            token_mask=segment_ids > 0,
+            segment_ids=segment_ids,
+            positions=positions,
+            token_ids=tokens,
+            step=jnp.asarray(step, jnp.int32),
+            key=key,
+        )
+
+    def _check_length(self, length: int) -> None:
+        if self.max_length is not None and length > self.max_length:
+            raise UserError(
+                f"a sequence of {length} tokens is longer than model.max_length={self.max_length}"
+            )
+
+    # --- decoding and router state ----------------------------------------------------------
+
+    def init_cache(self, variables: Variables, batch_size: int, cache_length: int) -> Variables:
+        """An empty decoding cache with `cache_length` slots per sequence."""
+        self._check_length(cache_length)
+        tokens = jnp.zeros((batch_size, 1), jnp.int32)
+        run = lambda v: self.apply(v, tokens, cache_length=cache_length).cache
+        shapes = jax.eval_shape(run, {k: v for k, v in variables.items() if k != "cache"})
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    def update_router_state(self, router_state: Variables, stats: Stats) -> Variables:
+        """Every layer's next router state, from statistics summed over the optimiser step."""
+        new = dict(router_state)
+        for name, state in router_state.items():
+            update = jax.vmap(self.moe.update_router_state)
+            new[name] = state | {"ffn": update(state["ffn"], stats[name])}
+        return new

@@ -1,0 +1,1 @@
+"""What is minimised: `objective(model, variables, batch, ...) -> Result` of (sum, count) terms."""

@@ -1,0 +1,84 @@
+"""Next-token prediction with the model's auxiliary terms."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from moejax.models.transformer import Transformer
+from moejax.types import Batch, Stats, Terms
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    """Terms that enter the loss, measures that do not, and per-layer statistics; all sums."""
+
+    terms: Terms
+    measures: Terms
+    stats: Stats
+
+
+jax.tree_util.register_dataclass(
+    Result, data_fields=["terms", "measures", "stats"], meta_fields=[]
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NextToken:
+    """Cross-entropy in nats per target token, plus `z_weight` * mean(logsumexp(logits)^2).
+
+    The z term keeps the head's logits from drifting (PaLM, arXiv 2204.02311, section 5).
+    """
+
+    z_weight: float = 0.0
+
+    def weights(self, model: Transformer) -> dict[str, float]:
+        """{term: factor in the total loss}."""
+        own = {"lm": 1.0} | ({"head_z": self.z_weight} if self.z_weight else {})
+        return own | model.loss_weights()
+
+    def __call__(
+        self,
+        model: Transformer,
+        variables: Any,
+        batch: Batch,
+        *,
+        token_bytes: Int[Array, "V"],
+        step: Array | int = 0,
+        key: Array | None = None,
+        loads: Any = None,
+    ) -> Result:
+        """Terms of one batch. `token_bytes[v]` is the number of UTF-8 bytes of token v."""
+        out = model.apply(
+            variables,
+            batch.tokens,
+            segment_ids=batch.segment_ids,
+            positions=batch.positions,
+            step=step,
+            key=key,
+            loads=loads,
+        )
+        mask = batch.loss_mask
+        log_normaliser = jax.nn.logsumexp(out.logits, axis=-1)
+        nll = jnp.where(mask, log_normaliser - _logit_of(out.logits, batch.targets), 0).sum()
+        count = mask.sum().astype(nll.dtype)
+        terms = {"lm": (nll, count)} | out.terms
+        if self.z_weight:
+            terms["head_z"] = (jnp.where(mask, jnp.square(log_normaliser), 0).sum(), count)
+        num_bytes = jnp.where(mask, jnp.asarray(token_bytes)[batch.targets], 0).sum()
+        measures = {
+            "bits_per_byte": (
+                jax.lax.stop_gradient(nll) / math.log(2),
+                num_bytes.astype(nll.dtype),
+            )
+        }
+        return Result(terms=terms, measures=measures, stats=out.stats)
+
+
+def _logit_of(logits: Float[Array, "B S V"], ids: Int[Array, "B S"]) -> Float[Array, "B S"]:
+    return jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]

@@ -1,0 +1,107 @@
+"""Top-k routing: the router of Mixtral, OLMoE, Qwen3-MoE, DeepSeek-V2/V3, GLM-4.5 and gpt-oss.
+
+Shazeer et al., arXiv 1701.06538; sigmoid scores, selection bias and node-limited groups from
+DeepSeek-V3, arXiv 2412.19437. Four stages: score, adjust (selection only), select, combine.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen import initializers
+from jaxtyping import Array, Float
+
+from moejax.errors import UserError
+from moejax.types import Context, Routing, at_least_f32
+
+
+class TopK(nn.Module):
+    """Selects the k experts of highest (adjusted) score and combines with their scores.
+
+    Attributes:
+      k: experts per token.
+      score: `softmax` over the experts, or an independent `sigmoid` for each.
+      normalise: `before` top-k leaves the selected scores as they are (OLMoE, DeepSeek-V2);
+        `after` divides them by their sum (Mixtral, DeepSeek-V3; for softmax this equals a softmax
+        over the k selected logits, gpt-oss).
+      scale: multiplies the combine weights last.
+      num_groups: experts are split into this many equal groups, of which only the
+        `num_groups_kept` best can be selected from; 1 is no limit.
+      group_score: a group's score is its `max`, or the sum of its two best (`top2`).
+      use_bias: a trained bias on the logits (gpt-oss).
+
+    `context.selection_bias [E]`, kept by a loss-free balance rule, is added to the scores for
+    selection and never enters the weights.
+    """
+
+    k: int
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    normalise: Literal["before", "after"] = "after"
+    scale: float = 1.0
+    num_groups: int = 1
+    num_groups_kept: int = 1
+    group_score: Literal["max", "top2"] = "top2"
+    use_bias: bool = False
+    kernel_init: nn.initializers.Initializer = initializers.normal(0.02)
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "T D"], context: Context) -> tuple[Routing, None]:
+        num_experts = context.num_experts
+        self._check(num_experts)
+        dtype = at_least_f32(x.dtype)
+        init = nn.with_logical_partitioning(self.kernel_init, ("embed", None))
+        kernel = self.param("kernel", init, (x.shape[-1], num_experts))
+        logits = x.astype(dtype) @ kernel.astype(dtype)
+        if self.use_bias:
+            zeros = nn.with_logical_partitioning(initializers.zeros, (None,))
+            logits = logits + self.param("bias", zeros, (num_experts,)).astype(dtype)
+
+        scores = jax.nn.softmax(logits) if self.score == "softmax" else jax.nn.sigmoid(logits)
+        adjusted = jax.lax.stop_gradient(scores)
+        if context.selection_bias is not None:
+            adjusted = adjusted + context.selection_bias
+        if self.num_groups > 1:
+            adjusted = self._limit_groups(adjusted)
+        _, experts = jax.lax.top_k(adjusted, self.k)
+        weights = jnp.take_along_axis(scores, experts, axis=-1)
+        if self.normalise == "after":
+            weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
+        if self.score == "softmax":
+            probs = scores
+        else:
+            probs = scores / (scores.sum(-1, keepdims=True) + 1e-20)
+        routing = Routing(
+            experts=experts.astype(jnp.int32),
+            weights=weights * self.scale,
+            probs=probs,
+            logits=logits,
+            extras={},
+        )
+        return routing, None
+
+    def _limit_groups(self, adjusted: Float[Array, "T E"]) -> Float[Array, "T E"]:
+        """-inf for every expert outside the best `num_groups_kept` groups."""
+        grouped = adjusted.reshape(adjusted.shape[0], self.num_groups, -1)  # [T, groups, E/groups]
+        best = jax.lax.top_k(grouped, 1 if self.group_score == "max" else 2)[0].sum(-1)
+        _, kept = jax.lax.top_k(best, self.num_groups_kept)
+        allowed = (kept[:, :, None] == jnp.arange(self.num_groups)).any(axis=1)
+        return jnp.where(allowed[:, :, None], grouped, -jnp.inf).reshape(adjusted.shape)
+
+    def _check(self, num_experts: int) -> None:
+        if not 1 <= self.k <= num_experts:
+            raise UserError(f"router.k={self.k} must be between 1 and num_experts={num_experts}")
+        if self.num_groups == 1:
+            return
+        if num_experts % self.num_groups:
+            raise UserError(
+                f"router.num_groups={self.num_groups} does not divide num_experts={num_experts}"
+            )
+        selectable = self.num_groups_kept * (num_experts // self.num_groups)
+        if not self.k <= selectable or self.num_groups_kept > self.num_groups:
+            raise UserError(
+                f"router.num_groups_kept={self.num_groups_kept} of {self.num_groups} groups leaves "
+                f"{selectable} experts for router.k={self.k}"
+            )

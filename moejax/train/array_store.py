@@ -1,0 +1,147 @@
+"""Writes and reads named arrays through Orbax, in the form that it can store.
+
+Orbax refuses empty arrays and has its own format for PRNG keys; here keys become their key data,
+and an array without elements is not stored but made anew.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+
+_STATE, _MANIFEST, _MANIFEST_FILE = "state", "manifest", "manifest.json"
+
+
+class ArrayStore:
+    """One asynchronous writer and one reader of checkpoint directories."""
+
+    def __init__(self, *, timeout_seconds: int):
+        logging.getLogger("absl").addFilter(_is_news)
+        _ignore_late_callbacks()
+        self._writer = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(
+                **{
+                    _STATE: ocp.PyTreeCheckpointHandler(),
+                    _MANIFEST: ocp.JsonCheckpointHandler(filename=_MANIFEST_FILE),
+                }
+            ),
+            timeout_secs=timeout_seconds,
+        )
+        self._reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+
+    def write(self, path: epath.Path, leaves: Mapping[str, jax.Array], manifest: Any) -> None:
+        """Starts to write {path: array} and a JSON value; `path` appears when all of it is there.
+
+        Returns once the arrays are copied. Errors of the background come from `check` and `wait`.
+        """
+        state = ocp.args.PyTreeSave(_storable(leaves))
+        args = {_STATE: state, _MANIFEST: ocp.args.JsonSave(manifest)}
+        self._writer.save(path, args=ocp.args.Composite(**args))
+
+    def check(self) -> None:
+        """Raises the background's error, once; does not block."""
+        self._writer.check_for_errors()
+
+    def wait(self) -> None:
+        """Blocks until the background is done; raises its error, once."""
+        self._writer.wait_until_finished()
+
+    def close(self) -> None:
+        self._writer.close()
+        self._reader.close()
+
+    def read_manifest(self, path: epath.Path) -> str:
+        return (path / _MANIFEST / _MANIFEST_FILE).read_text()
+
+    def read(self, path: epath.Path, wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """The leaves named in `wanted` (path -> abstract with sharding), laid out as asked."""
+        target = _storable(wanted)
+        found = self._reader.restore(
+            path / _STATE,
+            args=ocp.args.PyTreeRestore(
+                item=target,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+                partial_restore=True,
+            ),
+        )
+        return {name: _from_storable(found.get(name), like) for name, like in wanted.items()}
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _storable(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _key_data(x) if _is_key(x) else x for name, x in leaves.items() if x.size}
+
+
+def _key_data(leaf: Any) -> Any:
+    if isinstance(leaf, jax.Array):
+        return jax.random.key_data(leaf)
+    data = jax.eval_shape(jax.random.key_data, leaf)
+    # The key's own axes come first, so its sharding is that of the words too.
+    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=leaf.sharding)
+
+
+def _from_storable(stored: Any, like: Any) -> jax.Array:
+    if like.size == 0:
+        return jax.device_put(jnp.zeros(like.shape, like.dtype), like.sharding)
+    if _is_key(like):
+        return jax.random.wrap_key_data(stored, impl=_key_implementation(like))
+    return stored
+
+
+def _key_implementation(like: Any) -> Any:
+    found = []  # jax tells it only for arrays, and a traced value is one
+    jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), like)
+    return found[0]
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for the tracebacks that Orbax logs from its threads; `check` and `wait` raise them."""
+    return not (record.exc_info and "orbax" in record.pathname)
+
+
+def _ignore_late_callbacks() -> None:
+    """Silences what TensorStore's threads print when a failed save has closed their event loop.
+
+    The failure itself is raised by `check` and `wait`; everything else goes to the hook before.
+    """
+    before = sys.unraisablehook
+    if getattr(before, "ignores_late_callbacks", False):
+        return
+
+    def hook(event):
+        if not (event.exc_type is RuntimeError and str(event.exc_value) == "Event loop is closed"):
+            before(event)
+
+    hook.ignores_late_callbacks = True
+    sys.unraisablehook = hook
+
+
+_REASONS = {
+    errno.ENOSPC: (r"ENOSPC|No space left", "the disk is full"),
+    errno.EDQUOT: (r"EDQUOT|quota exceeded", "the disk quota is used up"),
+    errno.EROFS: (r"EROFS|Read-only file system", "the file system is read-only"),
+    errno.EACCES: (r"EACCES|EPERM|Permission denied", "permission is denied"),
+    errno.ENOTDIR: (r"ENOTDIR|EEXIST|Not a directory|File exists", "a file is in the way"),
+    errno.EFBIG: (r"EFBIG|File too large", "a file would exceed the allowed size"),
+}
+
+
+def reason(error: BaseException | None) -> str:
+    """Why reading or writing failed, in a few words and on one line."""
+    text = " ".join(str(error).split())
+    for code, (pattern, words) in _REASONS.items():
+        if getattr(error, "errno", None) == code or re.search(pattern, text, re.IGNORECASE):
+            return words
+    return f"{type(error).__name__}: {text[:160]}"

@@ -1,0 +1,38 @@
+"""Held-out loss and bits per byte, over every held-out token exactly once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moejax.data.pipeline import Loaders
+from moejax.models.transformer import Transformer
+from moejax.objectives.lm import NextToken
+from moejax.train.metrics import means
+
+
+class Evaluator:
+    """Runs the held-out batches; the step is compiled once."""
+
+    def __init__(self, model: Transformer, objective: NextToken, data: Loaders):
+        token_bytes = jnp.asarray(data.tokenizer.token_bytes())
+
+        def eval_step(variables: Any, batch: Any):
+            result = objective(model, variables, batch, token_bytes=token_bytes)
+            return result.terms, result.measures
+
+        self._step = jax.jit(eval_step)
+        self._data = data
+
+    def run(self, variables: Any) -> dict[str, float]:
+        """{"eval/loss": nats per token, "eval/bits_per_byte": ..., other terms by name}."""
+        total = None
+        for batch in self._data.eval:
+            sums = self._step(variables, batch)
+            total = sums if total is None else jax.tree.map(lambda a, b: a + b, total, sums)
+        terms, measures = jax.device_get(total)
+        values = means(terms, prefix="eval/") | means(measures, prefix="eval/")
+        values["eval/loss"] = values.pop("eval/lm")
+        return values

@@ -1,0 +1,51 @@
+"""The end of a run: held-out figures beside general-purpose compressors, samples, the report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from moejax.data.pipeline import Loaders
+from moejax.experiment import Experiment
+from moejax.models.generate import generate
+from moejax.models.transformer import Transformer
+from moejax.train.evaluate import Evaluator
+from moejax.train.records import Records
+
+
+def finish(
+    experiment: Experiment,
+    model: Transformer,
+    data: Loaders,
+    variables: Any,
+    evaluator: Evaluator,
+    records: Records,
+) -> dict[str, Any]:
+    """Evaluates, samples and writes the run's last record, which it returns."""
+    results: dict[str, Any] = evaluator.run(variables)
+    records.write("eval", experiment.steps, results)
+    baselines = data.compression_baselines()
+    results |= {f"{name.split()[0]}_bits_per_byte": value for name, value in baselines.items()}
+    if experiment.prompts:
+        results["sample"] = "\n\n".join(_continuations(experiment, model, data, variables))
+    records.write("event", experiment.steps, {"event": "finished"} | results)
+    return results
+
+
+def _continuations(experiment, model, data, variables) -> list[str]:
+    return continue_texts(
+        model,
+        variables,
+        data.tokenizer,
+        experiment.prompts,
+        experiment.sampling,
+        seed=experiment.seed,
+    )
+
+
+def continue_texts(model, variables, tokenizer, prompts, sampling, *, seed: int) -> list[str]:
+    """Each prompt followed by its continuation. A prompt starts a new document."""
+    ids = [np.concatenate([[tokenizer.eos_id], tokenizer.encode(text)]) for text in prompts]
+    new = generate(model, variables, ids, sampling, seed=seed, stop_id=tokenizer.eos_id)
+    return [text + tokenizer.decode(n) for text, n in zip(prompts, new, strict=True)]

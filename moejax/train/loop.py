@@ -1,0 +1,224 @@
+"""The training loop, top to bottom: prepare, restore, step, watch, save, evaluate, finish."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moejax.analysis.health import RouterHealth
+from moejax.data.pipeline import Loaders
+from moejax.errors import UserError
+from moejax.experiment import Experiment
+from moejax.models.flops import size
+from moejax.models.transformer import Transformer
+from moejax.train import finish
+from moejax.train.checkpoint import Checkpointer
+from moejax.train.evaluate import Evaluator
+from moejax.train.manifest import versions
+from moejax.train.metrics import Accumulator
+from moejax.train.peak import peak_flops
+from moejax.train.progress import Progress
+from moejax.train.records import Records
+from moejax.train.restore import CHECKPOINTS, TOKENIZER, restore_or_init, with_sharding
+from moejax.train.retention import Keep
+from moejax.train.signals import StopSignal
+from moejax.train.state import TrainState, init_state
+from moejax.train.step import make_train_step
+from moejax.train.writers import JsonLines, TensorBoard
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finished:
+    """How a run ended. `paused_by` says what ended it early (a signal, `--until`), or is None."""
+
+    step: int
+    paused_by: str | None
+    results: dict[str, Any]
+
+
+def train(experiment: Experiment, *, name: str, until: int | None = None) -> Finished:
+    """Trains until `experiment.steps`, from the newest valid checkpoint in its workdir if any.
+
+    `name` describes the run in its records; `until` pauses it after that step. Raises UserError
+    for everything the user can put right; what was saved before stays.
+    """
+    workdir = Path(experiment.workdir)
+    data = experiment.prepare_data()
+    model = experiment.build_model(data.tokenizer.vocab_size)
+    optimizer = _optimizer(experiment, model)
+    step_function = make_train_step(
+        model,
+        experiment.objective,
+        optimizer,
+        experiment.guard,
+        num_microbatches=experiment.num_microbatches,
+        token_bytes=jnp.asarray(data.tokenizer.token_bytes()),
+    )
+    train_step = jax.jit(step_function, donate_argnums=0)
+    evaluator = Evaluator(model, experiment.objective, data)
+    fresh = lambda: init_state(model, optimizer, experiment.guard, experiment.seed)
+    keep = Keep(last=experiment.keep_last, every=experiment.keep_every or None)
+
+    with StopSignal() as stop, Checkpointer(str(workdir / CHECKPOINTS), keep) as checkpointer:
+        checkpointer.check_writable()
+        data.tokenizer.save(workdir / TOKENIZER)
+        state, start = restore_or_init(checkpointer, fresh, data.fingerprint)
+        with Records(
+            JsonLines(workdir / "metrics.jsonl", resume_step=start),
+            TensorBoard(workdir / "tensorboard", resume_step=start),
+        ) as records:
+            run = _Run(experiment, model, data, checkpointer, records, stop, name=name, start=start)
+            state = run.steps(train_step, state, evaluator, until=until)
+            results = {}
+            if run.paused_by is None:
+                variables = _variables(state)
+                results = finish.finish(experiment, model, data, variables, evaluator, records)
+    return Finished(step=int(state.step), paused_by=run.paused_by, results=results)
+
+
+def _optimizer(experiment: Experiment, model: Transformer):
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    return experiment.optimizer.build(shapes["params"], experiment.steps)
+
+
+def _variables(state: TrainState) -> dict[str, Any]:
+    return {"params": state.params, "router_state": state.router_state}
+
+
+class _Run:
+    """The steps, and what surrounds them. Metrics are read one step late: the device never waits."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        model: Transformer,
+        data: Loaders,
+        checkpointer: Checkpointer,
+        records: Records,
+        stop: StopSignal,
+        *,
+        name: str,
+        start: int,
+    ):
+        self._experiment, self._data, self._stop = experiment, data, stop
+        self._checkpointer, self._records = checkpointer, records
+        self._learning_rate = experiment.optimizer.schedule.build(experiment.steps)
+        self._start, self._saved, self._rolled_back_to = start, start, None
+        self.paused_by: str | None = None
+
+        tokens_per_step = experiment.batch_size * experiment.sequence_length
+        description = describe(model, tokens_per_step, experiment.sequence_length) | {"name": name}
+        self._records.write("run", start, description)
+        if start:
+            self._records.write("event", start, {"event": "resumed"})
+        self._accumulator = Accumulator(
+            model,
+            size(model, experiment.sequence_length),
+            weights=experiment.objective.weights(model),
+            tokens_per_step=tokens_per_step,
+            peak_flops=description["peak_flops"],
+        )
+        self._health = RouterHealth(
+            moe_layers=description["moe_layers"],
+            k=description["k"] or 1,
+            choices_per_step=tokens_per_step * experiment.log_every * (description["k"] or 1),
+        )
+
+    def steps(self, train_step, state: TrainState, evaluator: Evaluator, *, until: int | None):
+        """Runs every step that is left, or until a signal or `until` pauses the run."""
+        experiment = self._experiment
+        with (
+            Progress(experiment.steps, initial=self._start) as progress,
+            self._data.train.iterate(self._start) as batches,
+        ):
+            pending = None
+            for step in range(self._start, experiment.steps):
+                state, metrics = train_step(state, next(batches))
+                if pending is not None:
+                    state = self._read(pending, state, step, progress)
+                pending, done = metrics, step + 1
+                self._checkpointer.check_error()
+                if done == experiment.steps:
+                    break
+                if _due(done, experiment.eval_every):
+                    self._records.write("eval", done, evaluator.run(_variables(state)))
+                if _due(done, experiment.checkpoint_every):
+                    self._save(done, state)
+                if self._stop.received or done == until:
+                    self.paused_by = self._stop.received or f"--until {until}"
+                    break
+            if pending is not None:
+                state = self._read(pending, state, done, progress)
+                self._save(done, state)
+            self._checkpointer.wait()
+        return state
+
+    def _read(self, metrics: Any, state: TrainState, done: int, progress: Progress) -> TrainState:
+        """Handles the metrics of the step that ended at `done`; may roll the state back."""
+        metrics = jax.device_get(metrics)
+        if not metrics["accepted"]:
+            norms = f"gradient norm {metrics['grad_norm']}, update norm {metrics['update_norm']}"
+            progress.message(f"step {done} was refused: loss {metrics['loss']}, {norms}")
+        self._accumulator.add(metrics)
+        progress.update(
+            done, loss=metrics["loss"], tokens_per_second=self._accumulator.tokens_per_second
+        )
+        if _due(done, self._experiment.log_every) or done == self._experiment.steps:
+            values = self._accumulator.take()
+            num_updates = done - values["skipped"]
+            values["learning_rate"] = float(self._learning_rate(max(num_updates - 1, 0)))
+            self._records.write("train", done, values)
+            for text in self._health.update(done, values):
+                progress.message(f"warning: {text}")
+                self._records.write("event", done, {"event": "warning", "text": text})
+        return self._roll_back(state, done) if metrics["exhausted"] else state
+
+    def _roll_back(self, state: TrainState, done: int) -> TrainState:
+        """The newest checkpoint from before the refusals; the data position stays where it is."""
+        limit = self._experiment.guard.max_consecutive_skips
+        advice = "lower optimizer.schedule.peak, or look at the data of these steps"
+        self._checkpointer.wait()
+        sound = [s for s in self._checkpointer.steps() if s < done - limit]
+        if not sound or self._rolled_back_to == sound[-1]:
+            when = "again after a roll-back" if sound else "and no checkpoint is from before them"
+            raise UserError(f"{limit + 1} steps up to step {done} were refused, {when}: {advice}")
+        restored = self._checkpointer.restore(with_sharding(state), step=sound[-1])
+        self._rolled_back_to = restored.step
+        text = f"rolled back to the parameters of step {restored.step}; data go on at {done}"
+        _log.warning(text)
+        self._records.write("event", done, {"event": "rollback", "text": text})
+        return dataclasses.replace(restored.state, step=state.step)
+
+    def _save(self, step: int, state: TrainState) -> None:
+        if step != self._saved:
+            extra = {"data_position": step, "data_fingerprint": self._data.fingerprint}
+            self._checkpointer.save(step, state, extra)
+            self._saved = step
+
+
+def describe(model: Transformer, tokens_per_step: int, sequence_length: int) -> dict[str, Any]:
+    """What a run's first record says about its size and its machine."""
+    counted = size(model, sequence_length)
+    return {
+        "num_params": counted.params,
+        "num_active_params": counted.active_params,
+        "train_flops_per_token": counted.train_flops_per_token,
+        "moe_layers": list(model.moe_layers),
+        "num_experts": model.moe.num_experts if model.moe else 0,
+        "k": getattr(model.moe.router, "k", None) if model.moe else None,
+        "tokens_per_step": tokens_per_step,
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+        "peak_flops": peak_flops(),
+    }
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

@@ -1,0 +1,38 @@
+"""Which checkpoints to keep."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+from moejax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Keep:
+    """Keeps a checkpoint that any of the rules wants; the newest is always kept.
+
+    The `last` newest (None: all), those whose step is a multiple of `every`, and the `best` ones
+    with the lowest finite `extra["metrics"][metric]`.
+    """
+
+    last: int | None = 3
+    every: int | None = None
+    best: int = 0
+    metric: str = "loss"
+
+    def __post_init__(self):
+        if (self.last is not None and self.last < 1) or self.best < 0:
+            raise UserError(f"Keep: last={self.last} must be 1 or more, best={self.best} 0 or more")
+        if self.every is not None and self.every < 1:
+            raise UserError(f"Keep: every={self.every} must be 1 or more; None turns it off")
+
+    def wanted(self, steps: Sequence[int], metrics: Mapping[int, Mapping[str, float]]) -> set[int]:
+        """The steps to keep out of `steps` (ascending); `metrics` maps a step to its metrics."""
+        kept = set(steps if self.last is None else steps[-self.last :])
+        if self.every is not None:
+            kept |= {step for step in steps if step % self.every == 0}
+        values = {step: metrics.get(step, {}).get(self.metric) for step in steps}
+        finite = [s for s, v in values.items() if isinstance(v, int | float) and math.isfinite(v)]
+        return kept | set(sorted(finite, key=lambda s: (values[s], -s))[: self.best])

@@ -1,0 +1,134 @@
+"""One training step: a pure function `(state, batch) -> (state, metrics)`.
+
+With several microbatches the gradient is that of the whole batch, exactly: every term's count is
+known before the first gradient is taken, so each microbatch contributes its sum over the
+batch's count. The counts, and the loads of two-pass balancing, come from a forward pass without
+gradient; where only counts are needed, which depend on masks alone, the compiler removes the
+rest of that pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from moejax.models.transformer import Transformer
+from moejax.objectives.lm import NextToken, Result
+from moejax.optim.guard import Guard, select
+from moejax.optim.optimizer import global_norm
+from moejax.train.state import TrainState
+from moejax.types import Batch
+
+Metrics = dict[str, Any]
+Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def make_train_step(
+    model: Transformer,
+    objective: NextToken,
+    optimizer: optax.GradientTransformation,
+    guard: Guard,
+    *,
+    num_microbatches: int,
+    token_bytes: Array,
+) -> Step:
+    """The step as a function to jit with `donate_argnums=0`.
+
+    Metrics are sums over the batch: `terms` and `measures` of the objective, `stats` per layer,
+    and the scalars `loss`, `grad_norm` (before clipping), `update_norm`, `accepted`.
+    """
+    weights = objective.weights(model)
+
+    def forward(params: Any, state: TrainState, batch: Batch, key: Array, loads: Any) -> Result:
+        variables = {"params": params, "router_state": state.router_state}
+        return objective(
+            model, variables, batch, token_bytes=token_bytes, step=state.step, key=key, loads=loads
+        )
+
+    def loss(params, state, batch, key, counts, loads):
+        result = forward(params, state, batch, key, loads)
+        own = {name: count for name, (_, count) in result.terms.items()}
+        counts = jax.lax.stop_gradient(own if counts is None else counts)
+        total = sum(
+            weight * result.terms[name][0] / jnp.maximum(counts[name], 1)
+            for name, weight in weights.items()
+        )
+        return total, result
+
+    grad = jax.value_and_grad(loss, has_aux=True)
+
+    def whole_batch(state: TrainState, batch: Batch, key: Array):
+        (value, result), gradient = grad(state.params, state, batch, key, None, None)
+        return value, gradient, result
+
+    def in_microbatches(state: TrainState, batch: Batch, key: Array):
+        parts = jax.tree.map(lambda x: x.reshape(num_microbatches, -1, *x.shape[1:]), batch)
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(num_microbatches))
+        counts, loads = _first_pass(model, forward, state, parts, keys)
+
+        def one(part):
+            (value, result), gradient = grad(state.params, state, *part, counts, loads)
+            return value, gradient, result
+
+        shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], (parts, keys)))
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        add = lambda total, part: (jax.tree.map(jnp.add, total, one(part)), None)
+        return jax.lax.scan(add, zeros, (parts, keys))[0]
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(state.key, state.step)
+        run = whole_batch if num_microbatches == 1 else in_microbatches
+        value, gradient, result = run(state, batch, key)
+
+        grad_norm = global_norm(gradient)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        update_norm = global_norm(updates)
+        new = {
+            "params": optax.apply_updates(state.params, updates),
+            "opt_state": opt_state,
+            "router_state": model.update_router_state(state.router_state, result.stats),
+        }
+        accepted, guard_state = guard.decide(state.guard, value, grad_norm, update_norm)
+        old = {name: getattr(state, name) for name in new}
+        state = TrainState(
+            step=state.step + 1, guard=guard_state, key=state.key, **select(accepted, new, old)
+        )
+        metrics = {
+            "loss": value,
+            "terms": result.terms,
+            "measures": result.measures,
+            "stats": result.stats,
+            "grad_norm": grad_norm,
+            "update_norm": update_norm,
+            "accepted": accepted,
+            "skipped": guard_state.num_nonfinite + guard_state.num_spikes,
+            "exhausted": guard.exhausted(guard_state),
+        }
+        return state, metrics
+
+    return train_step
+
+
+def _first_pass(model: Transformer, forward, state: TrainState, parts: Batch, keys: Array):
+    """(count of every term over the batch, share of choices per expert or None)."""
+
+    def one(_, part):
+        result = forward(state.params, state, *part, None)
+        counts = {name: count for name, (_, count) in result.terms.items()}
+        loads = {name: stats["load"] for name, stats in result.stats.items()}
+        return None, (counts, loads)
+
+    _, (counts, loads) = jax.lax.scan(one, None, (parts, keys))
+    counts, loads = jax.lax.stop_gradient(jax.tree.map(lambda x: x.sum(axis=0), (counts, loads)))
+    rules = model.moe.balance if model.moe is not None else ()
+    if not any(rule.loads == "two_pass" for rule in rules):
+        return counts, None
+    return counts, {
+        name: load / jnp.maximum(load.sum(axis=-1, keepdims=True), 1)
+        for name, load in loads.items()
+    }

@@ -1,0 +1,204 @@
+"""Where a run's records go: JSON lines for machines, TensorBoard for eyes.
+
+One record is `{"kind", "step", "time", "values"}`. `kind` is "run", "train", "eval" or "event";
+`step` counts finished training steps; `time` is in seconds since 1970; `values` maps a name to a
+number or a nested list of numbers (arrays become lists), in events also to text.
+
+JSON has no NaN and no infinity, so they are written as the strings "nan", "inf" and "-inf";
+`read_metrics` turns those back into floats. A text value that is exactly one of the three is
+read back as a float too.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import numpy as np
+
+from moejax.errors import UserError
+
+Record = dict[str, Any]
+KINDS = ("run", "train", "eval", "event")
+_BY_STEP = ("train", "eval")  # kinds that a resumed run writes again
+_NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+_log = logging.getLogger(__name__)
+
+
+class Writer(Protocol):
+    """What the loop needs of a writer."""
+
+    def write(self, record: Record) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """Appends one line per record to `path`; a line is on its way to disk when `write` returns.
+
+    A torn last line, left by a killed process, is removed on opening. With `resume_step`,
+    lines of kind "train" and "eval" beyond that step are removed too, so that no step appears
+    twice; pass the step of the restored checkpoint (0 for a run that starts anew).
+    Raises UserError where the file cannot be opened.
+    """
+
+    def __init__(self, path: str | os.PathLike, *, resume_step: int | None = None):
+        self.path = pathlib.Path(path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            _trim(self.path, resume_step)
+            self._file = self.path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"cannot write metrics to {self.path}: {error.strerror}; choose another workdir"
+            ) from error
+
+    def write(self, record: Record) -> None:
+        """Appends the record. Raises ValueError where it is not of the form above."""
+        if record["kind"] not in KINDS:
+            raise ValueError(f"record kind {record['kind']!r} is not one of {KINDS}")
+        line = {
+            "kind": record["kind"],
+            "step": int(record["step"]),
+            "time": float(record["time"]),
+            "values": {name: _plain(value) for name, value in record["values"].items()},
+        }
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoard:
+    """Writes records of kind "train" and "eval" as TensorBoard scalars named `kind/name`.
+
+    A list becomes three scalars over its finite elements: `name/min`, `name/median`, `name/max`;
+    JSON lines keep the whole. With `resume_step`, later points of the earlier run are hidden.
+    """
+
+    def __init__(self, directory: str | os.PathLike, *, resume_step: int | None = None):
+        from tensorboardX import SummaryWriter  # slow to import, and not every run wants it
+
+        purge = None if resume_step is None else resume_step + 1
+        try:
+            self._writer = SummaryWriter(str(directory), purge_step=purge)
+        except OSError as error:
+            raise UserError(
+                f"cannot write TensorBoard files to {directory}: {error.strerror}; "
+                "choose another workdir"
+            ) from error
+
+    def write(self, record: Record) -> None:
+        if record["kind"] not in _BY_STEP:
+            return
+        for name, value in record["values"].items():
+            for tag, scalar in _scalars(f"{record['kind']}/{name}", value):
+                self._writer.add_scalar(tag, scalar, int(record["step"]), float(record["time"]))
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def read_metrics(path: str | os.PathLike) -> list[Record]:
+    """All records of a JSON lines file, with NaN and infinities as floats.
+
+    A torn last line (a run that was killed, or that is writing) is left out; a broken line
+    elsewhere is left out with a warning that names it.
+    Raises UserError where the file is not there.
+    """
+    path = pathlib.Path(path)
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(
+            f"cannot read metrics from {path}: {error.strerror}; is this a run's directory?"
+        ) from error
+    records = []
+    for number, line in enumerate(lines[:-1], start=1):  # after the last newline: torn or empty
+        record = _parse(line)
+        if record is None:
+            _log.warning("line %d of %s is not a record and is left out", number, path)
+        else:
+            values = {name: _restored(value) for name, value in record["values"].items()}
+            records.append({**record, "values": values})
+    return records
+
+
+def _trim(path: pathlib.Path, resume_step: int | None) -> None:
+    """Rewrites the file without its torn end and the steps to come; atomic, and only if needed."""
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    lines = content.split(b"\n")[:-1]
+    kept = b"".join(line + b"\n" for line in lines if not _is_later(_parse(line), resume_step))
+    if kept == content:
+        return
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    with os.fdopen(handle, "wb") as file:
+        file.write(kept)
+    os.chmod(temporary, path.stat().st_mode)
+    os.replace(temporary, path)
+
+
+def _is_later(record: Record | None, resume_step: int | None) -> bool:
+    if record is None or resume_step is None:
+        return False
+    return record["kind"] in _BY_STEP and record["step"] > resume_step
+
+
+def _parse(line: bytes) -> Record | None:
+    try:
+        record = json.loads(line)
+        complete = {"kind", "step", "time", "values"} <= record.keys()
+    except (ValueError, AttributeError):
+        return None
+    return record if complete else None
+
+
+def _plain(value: Any) -> Any:
+    """Numbers, arrays, nested lists and text as what JSON can hold."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    array = np.asarray(value)
+    if array.dtype == object:
+        raise ValueError(f"a metric must be a number, a list of numbers or text, not {value!r}")
+    if array.dtype.kind not in "biu":
+        array = array.astype(np.float64)  # bfloat16 has no Python form of its own
+    return _named(array.tolist())
+
+
+def _named(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_named(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
+    return value
+
+
+def _restored(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_restored(v) for v in value]
+    return _NOT_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+def _scalars(tag: str, value: Any) -> Iterable[tuple[str, float]]:
+    if isinstance(value, str):
+        return
+    array = np.asarray(value, dtype=np.float64)
+    if array.ndim == 0:
+        yield tag, float(array)
+        return
+    finite = array[np.isfinite(array)]
+    if finite.size:
+        yield f"{tag}/min", float(finite.min())
+        yield f"{tag}/median", float(np.median(finite))
+        yield f"{tag}/max", float(finite.max())

@@ -1,0 +1,9 @@
+"""Transports: how tokens and expert weights meet.
+
+A transport is a function without parameters,
+
+    apply(x [T, D], routing, weights, compute) -> (y [T, D], counts)
+
+where `compute(rows [R, D], local_ids [R, K], gate [R, K], weights) -> [R, D]` is pure. It never
+drops a choice silently: `counts["dropped"]` is the number of choices that were not computed.
+"""

@@ -1,0 +1,119 @@
+"""The dimension legend and the pytrees that every part of moejax shares.
+
+Dimension letters, used in every docstring, shape annotation and comment:
+
+    B  batch (sequences)        S  sequence length        T  tokens (B * S, flattened)
+    D  model width              F  expert (or MLP) width  V  vocabulary
+    E  experts                  K  experts per token      R  rows of a grouped matmul
+    G  groups                   H  query heads            N  head width
+    L  layers                   P  devices
+
+A *term* is a pair ``(sum, count)``: sums and counts are added separately over tokens, layers,
+microbatches and devices, and divided only once, at the end. A mean of means is never taken.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+Term = tuple[Array, Array]  # (sum, count), both scalars of at least float32
+Terms = dict[str, Term]
+Stats = dict[str, Any]  # nested dictionaries of arrays that add up over microbatches and devices
+
+
+def _pytree(cls=None, *, static: tuple[str, ...] = ()):
+    """Frozen dataclass, registered as a pytree; `static` fields are part of the tree structure."""
+
+    def wrap(c):
+        c = dataclasses.dataclass(frozen=True, kw_only=True)(c)
+        names = [f.name for f in dataclasses.fields(c)]
+        data = [n for n in names if n not in static]
+        jax.tree_util.register_dataclass(c, data_fields=data, meta_fields=list(static))
+        return c
+
+    return wrap(cls) if cls is not None else wrap
+
+
+def at_least_f32(dtype: Any) -> jnp.dtype:
+    """The dtype that moejax means by "f32": float32, or float64 in a float64 run."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+@_pytree
+class Batch:
+    """One batch of packed sequences. Everything is `[B, S]`.
+
+    A position belongs to padding exactly when its segment id is 0. `targets[b, s]` is the token
+    that follows `tokens[b, s]` in the same segment; where there is none, `loss_mask` is False.
+    """
+
+    tokens: Int[Array, "B S"]
+    targets: Int[Array, "B S"]
+    loss_mask: Bool[Array, "B S"]
+    segment_ids: Int[Array, "B S"]  # 0 is padding; 1, 2, ... number the packed documents
+    positions: Int[Array, "B S"]  # from 0 within each segment
+
+
+@_pytree(static=("num_experts", "decode", "cache_length", "window"))
+class Context:
+    """What a layer may know besides its input. Per-token fields are `[B, S]`.
+
+    `key` is already folded with the step and the global layer index: a layer folds in a stream
+    id of its own and nothing else, so that nothing random depends on the layout. It is None when
+    nothing may be random (evaluation).
+    """
+
+    token_mask: Bool[Array, "B S"]  # False is padding and never counts
+    segment_ids: Int[Array, "B S"]
+    positions: Int[Array, "B S"]
+    token_ids: Int[Array, "B S"]
+    step: Int[Array, ""]
+    layer_index: Int[Array, ""] | int = 0
+    key: Any = None
+    loads: Float[Array, "E"] | None = None  # global-batch share of choices per expert, sum 1
+    selection_bias: Float[Array, "E"] | None = None  # added to router scores, for selection only
+    router_carry: Any = None  # per-token value from the previous MoE layer's router
+    num_experts: int | None = None
+    decode: bool = False  # keys and values live in the collection `cache`
+    cache_length: int | None = None
+    window: int | None = None  # sliding window of this layer, in positions
+
+    def replace(self, **changes) -> Context:
+        return dataclasses.replace(self, **changes)
+
+
+@_pytree
+class Routing:
+    """A router's decision for T tokens. Arithmetic in at least float32.
+
+    `experts[t, j]` outside `[0, E)` is an empty slot (its weight is 0 and nothing is computed);
+    the customary empty id is E. `probs` and `logits` are over all E experts, for losses and
+    statistics. `extras` holds named terms and statistics that add up over tokens, and
+    `log_prob` where a router samples.
+    """
+
+    experts: Int[Array, "T K"]
+    weights: Float[Array, "T K"]
+    probs: Float[Array, "T E"]
+    logits: Float[Array, "T E"]
+    extras: dict[str, Any]
+
+
+def add_terms(a: Terms, b: Terms) -> Terms:
+    """Adds sums and counts name by name; a name that only one side has is kept."""
+    out = dict(a)
+    for name, (total, count) in b.items():
+        s, c = out.get(name, (0.0, 0.0))
+        out[name] = (s + total, c + count)
+    return out
+
+
+def mean(term: Term) -> Array:
+    """sum / count, and 0 where nothing was counted."""
+    total, count = term
+    return jnp.where(count > 0, total / jnp.where(count > 0, count, 1), 0)

@@ -1,0 +1,40 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moejax.data import DataError, Mixture
+from moejax.data.mixture import PERIOD, Turns
+
+
+@given(weights=st.lists(st.floats(0.01, 100), min_size=1, max_size=5))
+@settings(max_examples=30, deadline=None)
+def test_shares_are_proportional_everywhere_and_turns_count_up(weights):
+    turns = Turns(tuple(weights))
+    n = np.arange(2 * PERIOD + 100)
+    source, turn = turns(n)
+    share = np.array(weights) / sum(weights)
+    for k in range(len(weights)):
+        mine = source == k
+        np.testing.assert_array_equal(turn[mine], np.arange(mine.sum()))
+        ahead = np.cumsum(mine) - share[k] * (n + 1)
+        assert np.abs(ahead).max() < len(weights) + 2  # at every prefix, not only on average
+
+
+def test_random_access_far_out():
+    turns = Turns((0.7, 0.2, 0.1))
+    far = 10**12 + np.arange(1000)
+    source, turn = turns(far)
+    np.testing.assert_array_equal(turns(far[500:])[1], turn[500:])
+    assert abs(turn[source == 0][0] / far[0] - 0.7) < 1e-4
+
+
+def test_bad_weights_are_errors():
+    source = object()
+    with pytest.raises(DataError, match="one weight per source"):
+        Mixture(sources=(source,), weights=(1.0, 2.0)).check()
+    for bad in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(DataError, match="not a positive number"):
+            Mixture(sources=(source, source), weights=(1.0, bad)).check()
+    with pytest.raises(DataError, match="less than one row"):
+        Turns((1.0, 1e-7))
