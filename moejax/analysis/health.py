@@ -143,8 +143,8 @@ class RouterHealth:
             share = f"expert {hottest[row]} takes {excess[row] + 1:.1f} times an even share"
             if spread[row] < self.min_spread:
                 text = (
-                    f"routing has collapsed: {num_experts} experts carry the load of "
-                    f"{effective[row]:.1f} (top-{self.k} cannot go below {self.k}) and {share}"
+                    f"routing has collapsed: only {effective[row]:.1f} of {num_experts} experts "
+                    f"are in effective use (top-{self.k} has at least {self.k}) and {share}"
                 )
             elif excess[row] > max(1.0, self.max_concentration * most):
                 text = f"routing has collapsed onto one expert: {share}, nearly every token"

@@ -154,7 +154,10 @@ def _details(title: str, text: str | None) -> str:
 
 
 def _version_text(versions: Any) -> str:
-    return "\n".join(f"{k} {v}" for k, v in versions.items()) if versions else ""
+    """One line per package, from a dictionary or from "name version, name version"."""
+    if isinstance(versions, dict):
+        return "\n".join(f"{name} {version}" for name, version in versions.items())
+    return str(versions or "").replace(", ", "\n")
 
 
 def _experts(history: History) -> str | None:

@@ -15,6 +15,7 @@ from moejax.analysis.figures import BLUE, VERMILION
 from moejax.analysis.history import History
 
 MOST_LAYERS = 12  # panels of the heatmap
+_WORST_LAYERS = 4  # of these panels, where there are more layers
 _MOST_COLUMNS = 300  # of one panel; more records are averaged in bins
 _DEAD = 0.01  # of the even share, as in `health.RouterHealth`
 _TICKS = {0.25: "≤ ¼", 0.5: "½", 1.0: "1", 2.0: "2", 4.0: "≥ 4"}
@@ -22,7 +23,7 @@ _TICKS = {0.25: "≤ ¼", 0.5: "½", 1.0: "1", 2.0: "2", 4.0: "≥ 4"}
 
 def plot_expert_load(history: History) -> Figure:
     """One panel per MoE layer: step across, expert upwards, colour = load over the even share."""
-    rows = shown_layers(history.load.shape[1])
+    rows = shown_layers(history.load)
     num_columns = 2 if len(rows) <= 4 else 3
     num_columns = min(num_columns, len(rows))
     num_rows = -(-len(rows) // num_columns)
@@ -54,19 +55,36 @@ def plot_router(history: History) -> Figure:
     (entropy, violation), (spread, dead) = figure.subplots(2, 2)
     _layer_lines(entropy, history, history.layers["router/entropy"])
     entropy.set(title="Router entropy", ylabel="mean per token, 1 = uniform", ylim=(0.0, 1.03))
-    _layer_lines(violation, history, _violation(history))
+    max_vio = _violation(history)
+    _layer_lines(violation, history, max_vio)
     violation.set(title="MaxVio of the load", ylabel="(max − mean) / mean")
-    violation.set_ylim(bottom=0.0)
+    violation.set_ylim(0.0, 1.08 * np.nanmax(max_vio, initial=0.5))
     _layer_key(figure, [entropy, violation], history)
     _draw_percentiles(spread, history)
     _draw_dead(dead, history)
     return figure
 
 
-def shown_layers(num_layers: int) -> list[int]:
-    """All layers, or `MOST_LAYERS` evenly spaced ones with the first and the last among them."""
-    count = min(num_layers, MOST_LAYERS)
-    return sorted({int(row) for row in np.linspace(0, num_layers - 1, count).round()})
+def shown_layers(load: NDArray) -> list[int]:
+    """Rows of `load` `[N, L, E]` to draw: all, or `MOST_LAYERS` of them where there are more.
+
+    These are evenly spaced, from the first to the last, but for the few with the most dead
+    experts and then the highest MaxVio in the last fifth of the records: trouble must not hide.
+    """
+    num_layers = load.shape[1]
+    if num_layers <= MOST_LAYERS:
+        return list(range(num_layers))
+    recent = load[-max(1, len(load) // 5) :]
+    dead = routing.dead_experts(recent, _DEAD).sum((0, 2))
+    violation = np.nan_to_num(routing.max_vio(recent)).mean(0)
+    worst_first = np.lexsort((violation, dead))[::-1]
+    spaced = np.linspace(0, num_layers - 1, MOST_LAYERS - _WORST_LAYERS).round().astype(int)
+    rows = dict.fromkeys(spaced.tolist())
+    for row in worst_first.tolist():
+        if len(rows) == MOST_LAYERS:
+            break
+        rows[row] = None
+    return sorted(rows)
 
 
 def _draw_load(axes: Axes, steps: NDArray, load: NDArray):
@@ -105,7 +123,10 @@ def _load_title(num_shown: int, history: History) -> str:
     num_layers = history.load.shape[1]
     if num_shown == num_layers:
         return "Load of every expert over time (black: dead)"
-    return f"Load of every expert over time (black: dead), {num_shown} of {num_layers} MoE layers"
+    return (
+        f"Load of every expert over time (black: dead). {num_shown} of {num_layers} MoE layers: "
+        "the least balanced and some evenly spaced"
+    )
 
 
 def _violation(history: History) -> NDArray:

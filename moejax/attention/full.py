@@ -1,6 +1,7 @@
-"""Causal softmax attention: grouped queries, RoPE, QK-norm, sliding window, KV cache.
+"""Causal softmax attention: grouped queries, RoPE, QK-norm, sliding window, sinks, KV cache.
 
-Vaswani et al., arXiv 1706.03762; grouped queries, Ainslie et al., arXiv 2305.13245.
+Vaswani et al., arXiv 1706.03762; grouped queries, Ainslie et al., arXiv 2305.13245; sinks, Xiao
+et al., arXiv 2309.17453, as a learned logit per head in gpt-oss, arXiv 2508.10925.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from flax.linen import initializers
+from jaxtyping import Array, Bool, Float
 
 from moejax.errors import UserError
 from moejax.layers.linear import Linear
@@ -21,22 +23,28 @@ from moejax.types import Context, at_least_f32
 
 
 class FullAttention(nn.Module):
-    """Attention over every earlier position of the same segment (within `context.window`).
+    """Attention over every earlier position of the same segment, and the position itself.
+
+    With `context.window` W, over the last W of these only (the own position is one of them).
 
     Attributes:
       num_heads: query heads H.
       num_kv_heads: key and value heads; must divide H.
       head_dim: width N of a head; `D / num_heads` when None.
       rope: rotary embedding, or None for none (NoPE).
-      qk_norm: RMSNorm on queries and keys: per head (Qwen3) as given; None for none.
-      qk_norm_full: normalise over the full projected width (OLMoE) rather than per head.
-      use_bias: biases on the q, k and v projections; `use_output_bias` on the output.
+      qk_norm: prototype of a norm on queries and on keys `[B, S, H, N]`, before RoPE: `RMSNorm()`
+        per head (Qwen3), `RMSNorm(num_axes=2)` over all heads at once (OLMoE); None for none.
+      use_bias: biases on the query, key and value projections.
+      use_output_bias: a bias on the output projection.
+      use_sinks: a learned logit per head joins every softmax and has no value: attention to it is
+        attention to nothing (gpt-oss).
       query_blocks: training computes this many blocks of queries one after another, each against
         only the keys that causality and window let it see. Changes speed, not the result.
       linear: prototype of the four projections; adapters replace it.
 
     Softmax and its sums are in at least float32. Decoding keeps keys and values in the
-    collection `cache`, one slot per position.
+    collection `cache`, one slot per position, so a row of the batch is one sequence; a position
+    without a slot gives NaN rather than an answer that forgets.
     """
 
     num_heads: int
@@ -44,9 +52,9 @@ class FullAttention(nn.Module):
     head_dim: int | None = None
     rope: Rope | None = dataclasses.field(default_factory=Rope)
     qk_norm: nn.Module | None = None
-    qk_norm_full: bool = False
     use_bias: bool = False
     use_output_bias: bool = False
+    use_sinks: bool = False
     query_blocks: int = 1
     linear: nn.Module = dataclasses.field(default_factory=Linear)
 
@@ -59,30 +67,33 @@ class FullAttention(nn.Module):
             linear = self.linear.copy(
                 features=heads * head_dim, use_bias=self.use_bias, axes=("embed", "heads"), name=name
             )
-            y = linear(x, context)
+            y = linear(x, context).reshape(batch, length, heads, head_dim)
             if self.qk_norm is None or name == "value":
-                return y.reshape(batch, length, heads, head_dim)
-            norm = self.qk_norm.copy(name=f"{name}_norm")
-            if self.qk_norm_full:
-                return norm(y).reshape(batch, length, heads, head_dim)
-            return norm(y.reshape(batch, length, heads, head_dim))
+                return y
+            return self.qk_norm.copy(name=f"{name}_norm")(y)
 
         q = project("query", self.num_heads)
         k = project("key", self.num_kv_heads)
         v = project("value", self.num_kv_heads)
         if self.rope is not None:
             q, k = self.rope(q, context.positions), self.rope(k, context.positions)
+        sinks = None
+        if self.use_sinks:
+            zeros = nn.with_logical_partitioning(initializers.zeros, ("heads",))
+            sinks = self.param("sinks", zeros, (self.num_heads,), jnp.float32)
         if context.decode:
-            out = self._attend_cache(q, k, v, context)
+            out = self._attend_cache(q, k, v, context, sinks)
         else:
-            out = attend(q, k, v, context, query_blocks=self.query_blocks)
+            out = attend(q, k, v, context, query_blocks=self.query_blocks, sinks=sinks)
         output = self.linear.copy(
             features=d_model, use_bias=self.use_output_bias, axes=("heads", "embed"), name="output"
         )
         return output(out.reshape(batch, length, -1), context)
 
     def _head_dim(self, d_model: int) -> int:
-        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
+        if self.query_blocks < 1:
+            raise UserError(f"attention.query_blocks={self.query_blocks} must be at least 1")
+        if min(self.num_heads, self.num_kv_heads) < 1 or self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"attention.num_kv_heads={self.num_kv_heads} must divide "
                 f"attention.num_heads={self.num_heads}"
@@ -96,11 +107,18 @@ class FullAttention(nn.Module):
             )
         return d_model // self.num_heads
 
-    def _attend_cache(self, q: Array, k: Array, v: Array, context: Context) -> Array:
+    def _attend_cache(
+        self, q: Array, k: Array, v: Array, context: Context, sinks: Array | None
+    ) -> Array:
         """Writes k and v at their positions, then attends to every slot up to the query's own."""
         if context.cache_length is None:
             raise ValueError("decoding needs context.cache_length, the number of cache slots")
-        batch, _, heads, head_dim = k.shape
+        batch, length, heads, head_dim = k.shape
+        if length > context.cache_length:
+            raise UserError(
+                f"{length} positions do not fit into a cache of {context.cache_length} slots; "
+                "give a larger cache_length"
+            )
         shape = (batch, context.cache_length, heads, head_dim)
         keys = self.variable("cache", "cached_key", jnp.zeros, shape, k.dtype)
         values = self.variable("cache", "cached_value", jnp.zeros, shape, v.dtype)
@@ -113,11 +131,20 @@ class FullAttention(nn.Module):
         allowed = distance >= 0
         if context.window is not None:
             allowed &= distance < context.window
-        return softmax_attention(q, keys.value, values.value, allowed)
+        out = softmax_attention(q, keys.value, values.value, allowed, sinks)
+        return jnp.where(context.positions[..., None, None] < context.cache_length, out, jnp.nan)
 
 
-def attend(q: Array, k: Array, v: Array, context: Context, *, query_blocks: int) -> Array:
-    """Causal attention within segments. q `[B, S, H, N]`, k and v `[B, S, Hkv, N]`.
+def attend(
+    q: Float[Array, "B S H N"],
+    k: Float[Array, "B S Hkv N"],
+    v: Float[Array, "B S Hkv N"],
+    context: Context,
+    *,
+    query_blocks: int = 1,
+    sinks: Float[Array, "H"] | None = None,
+) -> Float[Array, "B S H N"]:
+    """Causal attention within segments and within `context.window`.
 
     Query block i only meets the keys `[first, last)` that its last query may see and its first
     query's window still reaches, so that skipped blocks cost nothing.
@@ -135,7 +162,8 @@ def attend(q: Array, k: Array, v: Array, context: Context, *, query_blocks: int)
             allowed &= distance < context.window
         segments = context.segment_ids
         same = segments[:, query, None] == segments[:, None, key]  # [B, S, S']
-        outputs.append(softmax_attention(q[:, query], k[:, key], v[:, key], allowed & same))
+        out = softmax_attention(q[:, query], k[:, key], v[:, key], allowed & same, sinks)
+        outputs.append(out)
     return jnp.concatenate(outputs, axis=1)
 
 
@@ -143,20 +171,29 @@ def softmax_attention(
     q: Float[Array, "B S H N"],
     k: Float[Array, "B M Hkv N"],
     v: Float[Array, "B M Hkv N"],
-    allowed: Array,  # [B, S, M] or [S, M]
+    allowed: Bool[Array, "B S M"],
+    sinks: Float[Array, "H"] | None = None,
 ) -> Float[Array, "B S H N"]:
-    """softmax(q k^T / sqrt(N)) v over the allowed keys; a query with none allowed gives 0."""
+    """softmax(q k^T / sqrt(N)) v over the allowed keys; a query with none allowed gives 0.
+
+    `sinks` are logits of one more key per head, whose value is 0.
+    """
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     dtype = at_least_f32(q.dtype)
     q = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
     logits = jnp.einsum("bsgqn,bmgn->bgqsm", q, k, preferred_element_type=dtype)
     logits = logits * (1.0 / math.sqrt(head_dim))
-    allowed = jnp.broadcast_to(allowed, (batch, length, k.shape[1]))[:, None, None]
-    logits = jnp.where(allowed, logits, -jnp.inf)
-    peak = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
-    weights = jnp.exp(logits - jnp.where(jnp.isfinite(peak), peak, 0.0))
+    logits = jnp.where(allowed[:, None, None], logits, -jnp.inf)
+    peak = logits.max(-1, keepdims=True)
+    if sinks is not None:
+        sinks = sinks.astype(dtype).reshape(kv_heads, -1, 1, 1)  # [Hkv, H/Hkv, S, M]
+        peak = jnp.maximum(peak, sinks)
+    peak = jax.lax.stop_gradient(jnp.where(peak == -jnp.inf, 0, peak))
+    weights = jnp.exp(logits - peak)
     total = weights.sum(-1, keepdims=True)
-    weights = weights / jnp.where(total > 0, total, 1.0)
+    if sinks is not None:
+        total = total + jnp.exp(sinks - peak)
+    weights = weights / jnp.where(total > 0, total, 1)
     out = jnp.einsum("bgqsm,bmgn->bsgqn", weights.astype(v.dtype), v)
     return out.reshape(batch, length, heads, head_dim)

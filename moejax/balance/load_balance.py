@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moejax.balance.rule import Rule
-from moejax.types import Context, Routing, Stats, Terms
+from moejax.errors import UserError
+from moejax.types import Context, Routing, Stats, Term, Terms
 
 
 def choices(routing: Routing) -> Float[Array, "T E"]:
@@ -36,7 +37,7 @@ def _share(counts: Float[Array, "... E"]) -> Float[Array, "... E"]:
 
 def _term(
     share: Float[Array, "... E"], probs: Float[Array, "... X E"], mask: Array
-) -> tuple[Array, Array]:
+) -> Term:
     """(sum over tokens of E * f . p, number of tokens) with f of the token's own range."""
     per_token = probs.shape[-1] * jnp.einsum("...e,...xe->...x", share, probs)
     return jnp.where(mask, per_token, 0).sum(), mask.sum().astype(probs.dtype)
@@ -62,11 +63,10 @@ class ShardLoadBalance(Rule):
     """f over the tokens of one data shard of one microbatch: what most trainers do.
 
     The result depends on the mesh and on the number of microbatches; prefer `TwoPassLoadBalance`
-    where that matters.
+    where that matters. Shards are equal runs of whole sequences.
     """
 
     weight: float
-
     num_shards: int = 1
 
     name: ClassVar[str] = "balance_shard"
@@ -74,6 +74,11 @@ class ShardLoadBalance(Rule):
 
     def terms(self, routing: Routing, context: Context, state: dict[str, Array]) -> Terms:
         num_experts = routing.probs.shape[-1]
+        if context.token_mask.shape[0] % self.num_shards:
+            raise UserError(
+                f"ShardLoadBalance.num_shards={self.num_shards} does not divide the "
+                f"{context.token_mask.shape[0]} sequences of a microbatch"
+            )
         mask = context.token_mask.reshape(self.num_shards, -1)  # [P, T / P]
         probs = routing.probs.reshape(*mask.shape, num_experts)
         counts = choices(routing).reshape(*mask.shape, num_experts).sum(axis=1)

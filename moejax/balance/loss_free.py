@@ -23,7 +23,6 @@ class LossFreeBias(Rule):
     """
 
     rate: float = 1e-3
-    weight: float = 0.0
 
     def state(self, num_experts: int) -> dict[str, Array]:
         return {"correction_bias": jnp.zeros((num_experts,), jnp.float32)}

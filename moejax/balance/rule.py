@@ -14,9 +14,10 @@ from moejax.types import Context, Routing, Stats, Terms
 class Rule:
     """Neutral: no terms, no state, no bias. `name` is the key of the rule's loss term, if any.
 
-    `loads` says where `context.loads` must come from when a step has several microbatches:
-    `None` (not used), `two_pass` (a first pass over the whole batch) or `lagged` (the rule's own
-    memory of the previous step). `mesh_dependent` rules give another result on another mesh.
+    A rule with a name has a field `weight`, the factor on that term in the loss. `loads` says where
+    `context.loads` must come from when a step has several microbatches: None (it is not read) or
+    `two_pass` (a first pass over the whole batch). `mesh_dependent` rules give another result on
+    another mesh, and with another number of microbatches.
     """
 
     name: ClassVar[str] = ""
@@ -24,13 +25,17 @@ class Rule:
     mesh_dependent: ClassVar[bool] = False
 
     def state(self, num_experts: int) -> dict[str, Array]:
+        """What the rule remembers between steps, as it starts."""
         return {}
 
     def selection_bias(self, state: dict[str, Array]) -> Float[Array, "E"] | None:
+        """What to add to the router's scores, for selection only."""
         return None
 
     def terms(self, routing: Routing, context: Context, state: dict[str, Array]) -> Terms:
+        """Unweighted (sum, count) pairs of one forward pass; padding counts in neither."""
         return {}
 
     def update(self, state: dict[str, Array], stats: Stats) -> dict[str, Array]:
+        """The next state, from `stats` ("load" `[E]` and others) of the whole step."""
         return state

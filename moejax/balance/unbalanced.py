@@ -10,5 +10,3 @@ from moejax.balance.rule import Rule
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Unbalanced(Rule):
     """Nothing pushes the router towards balance; for frozen routers and for experiments."""
-
-    weight: float = 0.0

@@ -43,6 +43,8 @@ def add_override_arguments(parser: argparse.ArgumentParser) -> None:
 def config_from(args: argparse.Namespace) -> fdl.Config:
     """The config that the arguments name, with its overrides, checked.
 
+    A run's folder that was moved, or comes from elsewhere, is still its own workdir.
+
     Raises:
       UserError: see `load_config`, `apply_overrides` and `check_config`.
     """
@@ -53,6 +55,8 @@ def config_from(args: argparse.Namespace) -> fdl.Config:
     if "=" in args.config and not os.path.exists(args.config):
         raise UserError(f"the config comes before its overrides: CONFIG {args.config}")
     config = load_config(args.config, trusted=args.trust_config)
+    if os.path.isdir(args.config) and hasattr(config, "workdir"):
+        config.workdir = args.config
     return check_config(apply_overrides(config, args.overrides))
 
 

@@ -47,9 +47,8 @@ class Node:
 @functools.cache
 def parameters(target: Any) -> dict[str, Parameter]:
     """The visible named parameters of a class or function, in the order of its signature."""
-    hidden = (
-        {"parent", "name"} if isinstance(target, type) and issubclass(target, nn.Module) else ()
-    )
+    is_module = isinstance(target, type) and issubclass(target, nn.Module)
+    hidden = ("parent", "name") if is_module else ()
     hints = annotations.resolve(target)
     factories = {}
     if dataclasses.is_dataclass(target):

@@ -104,7 +104,8 @@ class Data:
         """
         _check_sizes(seq_len, batch_size, seed)
         cache_dir, sources, weights = self._cache_dir(), *self._sources()
-        tokenizer = self.tokenizer.prepare(_Joined(sources), cache_dir)
+        joined = _Joined(sources) if len(sources) > 1 else sources[0]
+        tokenizer = self.tokenizer.prepare(joined, cache_dir)
         splits = {
             split: [tokenized(s, split, tokenizer, cache_dir) for s in sources]
             for split in ("train", "eval")

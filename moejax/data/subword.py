@@ -30,14 +30,17 @@ _MIN_VOCAB = 257  # every byte, and the end of a document
 
 
 class Subwords(Tokenizer):
-    """A `tokenizers.Tokenizer` with its end-of-document id.
+    """A tokenizer in Hugging Face's JSON format, with its end-of-document id.
 
     Text that spells a special token is encoded as plain text, never as that token: a document
     cannot end itself.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, *, vocab_size: int, eos_id: int):
-        self._backend = backend
+    def __init__(self, model: dict, *, vocab_size: int, eos_id: int):
+        # Kept as it came, not as this version of the library would write it: the fingerprint
+        # must not change with the library.
+        self._model = model
+        self._backend = _backend(model)
         self._backend.encode_special_tokens = True
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -46,8 +49,7 @@ class Subwords(Tokenizer):
 
     @classmethod
     def from_spec(cls, spec: dict) -> Subwords:
-        backend = _backend(spec["model"])
-        return cls(backend, vocab_size=spec["vocab_size"], eos_id=spec["eos_id"])
+        return cls(spec["model"], vocab_size=spec["vocab_size"], eos_id=spec["eos_id"])
 
     def spec(self) -> dict:
         return {
@@ -56,10 +58,6 @@ class Subwords(Tokenizer):
             "eos_id": self.eos_id,
             "model": self._model,
         }
-
-    @functools.cached_property
-    def _model(self) -> dict:
-        return json.loads(self._backend.to_str())
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]
@@ -129,7 +127,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Subwords:
             f"BPE.vocab_size={vocab_size}: lower it or add text"
         )
     log.info("trained a BPE of %d tokens in %.1f s", vocab_size, time.monotonic() - started)
-    return Subwords(backend, vocab_size=vocab_size, eos_id=vocab_size - 1)
+    model = json.loads(backend.to_str())
+    return Subwords(model, vocab_size=vocab_size, eos_id=vocab_size - 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -191,9 +190,10 @@ class HFTokenizer:
             backend = _backend(model)
         except (KeyError, TypeError, ValueError) as e:
             raise DataError(f"{str(file)!r} is not a Hugging Face tokenizer: {e}") from e
-        return self._checked(backend, file)
+        vocab_size, eos_id = self._sizes(backend, file)
+        return Subwords(model, vocab_size=vocab_size, eos_id=eos_id)
 
-    def _checked(self, backend: tokenizers.Tokenizer, file: pathlib.Path) -> Subwords:
+    def _sizes(self, backend: tokenizers.Tokenizer, file: pathlib.Path) -> tuple[int, int]:
         eos_token = self.eos_token or _config_eos_token(file.parent)
         eos_id = None if eos_token is None else backend.token_to_id(eos_token)
         if eos_id is None:
@@ -207,7 +207,7 @@ class HFTokenizer:
             raise DataError(
                 f"HFTokenizer.vocab_size={vocab_size} is below the {num_ids} ids of {str(file)!r}"
             )
-        return Subwords(backend, vocab_size=vocab_size, eos_id=eos_id)
+        return vocab_size, eos_id
 
 
 def _backend(model: dict) -> tokenizers.Tokenizer:

@@ -56,6 +56,7 @@ class Tokenizer(abc.ABC):
     def spec(self) -> dict:
         """All that is needed to build the tokenizer again, as JSON-able values."""
 
+    @functools.cache  # noqa: B019 - a process holds one or two tokenizers
     def fingerprint(self) -> str:
         """Equal exactly for tokenizers that encode alike."""
         return fingerprint(self.spec())

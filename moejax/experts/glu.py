@@ -1,4 +1,4 @@
-"""Gated linear unit experts: the SwiGLU of Mixtral, OLMoE, Qwen3, DeepSeek, and gpt-oss's clamped one.
+"""Gated linear unit experts: SwiGLU (Mixtral, OLMoE, Qwen3, DeepSeek) and gpt-oss's clamped one.
 
 Shazeer, arXiv 2002.05202: down(activation(gate(x)) * up(x)), computed by `kernels.expert_mlp`.
 """
@@ -43,7 +43,7 @@ class GLU(nn.Module):
     @nn.compact
     def __call__(self, num_experts: int, d_model: int) -> tuple[Any, Callable[..., Array]]:
         def weight(name: str, init: Any, shape: tuple[int, ...], axes: tuple[str, ...]) -> Array:
-            return self.param(name, nn.with_logical_partitioning(init, axes), shape)
+            return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
 
         e, d, f = num_experts, d_model, self.d_ff
         weights = {
@@ -75,10 +75,3 @@ class GLU(nn.Module):
             activation=self.activation,
             implementation=self.implementation,
         )
-
-
-def scaled_down_init(scale: float) -> nn.initializers.Initializer:
-    """Normal with variance `scale / F` per expert; 0 starts every expert's output at zero."""
-    if scale == 0:
-        return lambda key, shape, dtype=jnp.float32: jnp.zeros(shape, dtype)
-    return initializers.variance_scaling(scale, "fan_in", "normal", batch_axis=(0,))

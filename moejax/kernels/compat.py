@@ -44,8 +44,8 @@ def zeros(shape: tuple[int, ...], dtype: Any, *, like: Array) -> Array:
 def target_platform() -> str:
     """The platform that code traced here is meant for: "cpu", "gpu", "tpu".
 
-    The abstract mesh knows inside `shard_map` and under `jax.set_mesh`, also when compiling ahead of
-    time for another machine. Elsewhere it is the default device's.
+    The abstract mesh knows inside `shard_map` and under `jax.set_mesh`, also when compiling ahead
+    of time for another machine. Elsewhere it is the default device's.
     """
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     platform = getattr(device, "platform", None)

@@ -34,16 +34,9 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... K"], context: Context) -> Float[Array, "... N"]:
         init = nn.with_logical_partitioning(self.kernel_init, self.axes)
-        kernel = self.param("kernel", init, (x.shape[-1], self.features))
+        kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
         y = x @ kernel.astype(x.dtype)
         if self.use_bias:
             zeros = nn.with_logical_partitioning(initializers.zeros, self.axes[1:])
-            y = y + self.param("bias", zeros, (self.features,)).astype(x.dtype)
+            y = y + self.param("bias", zeros, (self.features,), jnp.float32).astype(x.dtype)
         return y
-
-
-def scaled_fan_in_normal(scale: float) -> nn.initializers.Initializer:
-    """Normal with variance `scale / fan_in`; a scale of 0 starts the projection at zero."""
-    if scale == 0:
-        return lambda key, shape, dtype=jnp.float32: jnp.zeros(shape, dtype)
-    return initializers.variance_scaling(scale, "fan_in", "normal")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,17 +14,25 @@ from moejax.types import at_least_f32
 
 
 class RMSNorm(nn.Module):
-    """`x / sqrt(mean(x^2) + epsilon) * scale` over the last axis.
+    """`x / sqrt(mean(x^2) + epsilon) * scale` over the last `num_axes` axes together.
 
     The statistic and the product are computed in at least float32; the result has x's dtype.
+
+    Attributes:
+      epsilon: added to the mean square.
+      num_axes: 1 normalises each vector; 2 on queries `[B, S, H, N]` normalises over all heads at
+        once (OLMoE's QK-norm). The scale is one flat vector either way.
     """
 
     epsilon: float = 1e-6
+    num_axes: int = 1
 
     @nn.compact
     def __call__(self, x: Float[Array, "... N"]) -> Float[Array, "... N"]:
+        shape = x.shape[-self.num_axes :]
+        axes = tuple(range(-self.num_axes, 0))
         init = nn.with_logical_partitioning(initializers.ones, (None,))
-        scale = self.param("scale", init, (x.shape[-1],))
+        scale = self.param("scale", init, (math.prod(shape),), jnp.float32).reshape(shape)
         y = x.astype(at_least_f32(x.dtype))
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=axes, keepdims=True) + self.epsilon)
         return (y * scale.astype(y.dtype)).astype(x.dtype)

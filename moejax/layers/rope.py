@@ -14,16 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from moejax.errors import UserError
 from moejax.types import at_least_f32
 
 
 class Scaling(Protocol):
-    """Changes the inverse frequencies `[N/2]`; `attention_factor` multiplies cos and sin."""
+    """How a checkpoint stretches its context."""
 
-    def frequencies(self, inverse: np.ndarray, *, theta: float, d_rotary: int) -> np.ndarray: ...
+    def frequencies(self, inverse: np.ndarray, *, theta: float, d_rotary: int) -> np.ndarray:
+        """The changed inverse frequencies `[d_rotary/2]`, in radians per position."""
 
-    @property
-    def attention_factor(self) -> float: ...
+    def amplitude(self) -> float:
+        """What cos and sin are multiplied by."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,10 +34,13 @@ class LinearScaling:
 
     factor: float
 
-    attention_factor = 1.0
-
     def frequencies(self, inverse, *, theta, d_rotary):
+        """Every inverse frequency over `factor`."""
         return inverse / self.factor
+
+    def amplitude(self) -> float:
+        """1: cos and sin stay as they are."""
+        return 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,22 +56,39 @@ class Llama3Scaling:
     high_frequency_factor: float = 4.0
     original_context: int = 8192
 
-    attention_factor = 1.0
+    def __post_init__(self) -> None:
+        if self.high_frequency_factor <= self.low_frequency_factor:
+            raise UserError(
+                f"rope.scaling.high_frequency_factor={self.high_frequency_factor} must be above "
+                f"low_frequency_factor={self.low_frequency_factor}"
+            )
 
     def frequencies(self, inverse, *, theta, d_rotary):
-        turns = self.original_context * inverse / (2 * math.pi)  # full turns over the old context
+        """Interpolated between kept and divided, by full turns over the original context."""
+        turns = self.original_context * inverse / (2 * math.pi)
         band = self.high_frequency_factor - self.low_frequency_factor
         keep = np.clip((turns - self.low_frequency_factor) / band, 0.0, 1.0)
         return (1 - keep) * inverse / self.factor + keep * inverse
 
+    def amplitude(self) -> float:
+        """1: cos and sin stay as they are."""
+        return 1.0
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class YarnScaling:
-    """NTK-by-parts: a ramp over feature index between "keep" and "divide by factor".
+    """NTK-by-parts: a ramp over the feature index between "keep" and "divide by factor".
 
-    `truncate` rounds the ramp's ends to whole features as most checkpoints do; gpt-oss does not
-    (`truncate=False`). `mscale` and `mscale_all_dim` are DeepSeek's variant of the attention
-    factor; both unset means `0.1 ln(factor) + 1`.
+    Attributes:
+      factor: by which the context grows.
+      original_context: positions the model was pretrained with.
+      beta_fast, beta_slow: features that make more than `beta_fast` turns over the original
+        context are kept, those that make fewer than `beta_slow` are divided.
+      truncate: round the ramp's ends outwards to whole features, as most checkpoints do;
+        gpt-oss does not.
+      mscale, mscale_all_dim: DeepSeek's amplitude, `m(mscale) / m(mscale_all_dim)` with
+        `m(s) = 0.1 s ln(factor) + 1`; without both it is `m(1)`.
+      attention_factor: the amplitude itself, where a checkpoint states it.
     """
 
     factor: float
@@ -76,9 +98,12 @@ class YarnScaling:
     truncate: bool = True
     mscale: float | None = None
     mscale_all_dim: float | None = None
+    attention_factor: float | None = None
 
     def frequencies(self, inverse, *, theta, d_rotary):
-        def feature(num_turns: float) -> float:  # feature index that makes num_turns turns
+        """The ramp between kept and divided inverse frequencies."""
+
+        def feature(num_turns: float) -> float:  # the feature index that makes num_turns turns
             wave = self.original_context / (num_turns * 2 * math.pi)
             return d_rotary * math.log(wave) / (2 * math.log(theta))
 
@@ -86,15 +111,18 @@ class YarnScaling:
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, d_rotary - 1)
-        span = max(high - low, 1e-3)
+        span = (high - low) or 1e-3  # both ends on one feature: a step instead of a ramp
         divide = np.clip((np.arange(d_rotary // 2) - low) / span, 0.0, 1.0)
         return divide * inverse / self.factor + (1 - divide) * inverse
 
-    @property
-    def attention_factor(self) -> float:
+    def amplitude(self) -> float:
+        """What cos and sin are multiplied by; its square multiplies the attention logits."""
+
         def magnitude(scale: float) -> float:
             return 0.1 * scale * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
 
+        if self.attention_factor is not None:
+            return self.attention_factor
         if self.mscale and self.mscale_all_dim:
             return magnitude(self.mscale) / magnitude(self.mscale_all_dim)
         return magnitude(1.0)
@@ -108,25 +136,28 @@ class Rope:
     fraction: float = 1.0
     scaling: Scaling | None = None
 
-    def frequencies(self, head_dim: int) -> tuple[np.ndarray, float]:
-        """Inverse frequencies `[rotary/2]` in float64 and the factor on cos and sin."""
+    def frequencies(self, head_dim: int) -> np.ndarray:
+        """Inverse frequencies `[rotary/2]` in radians per position, float64."""
         d_rotary = int(head_dim * self.fraction)
-        if d_rotary % 2:
-            raise ValueError(f"rope.fraction={self.fraction} of head_dim={head_dim} is odd")
+        if not 0 < d_rotary <= head_dim or d_rotary % 2:
+            raise UserError(
+                f"rope.fraction={self.fraction} of a head of {head_dim} features rotates {d_rotary} "
+                f"of them: it must be an even number from 2 to {head_dim}"
+            )
         inverse = self.theta ** -(np.arange(0, d_rotary, 2, dtype=np.float64) / d_rotary)
         if self.scaling is None:
-            return inverse, 1.0
-        scaled = self.scaling.frequencies(inverse, theta=self.theta, d_rotary=d_rotary)
-        return scaled, self.scaling.attention_factor
+            return inverse
+        return self.scaling.frequencies(inverse, theta=self.theta, d_rotary=d_rotary)
 
     def __call__(
         self, x: Float[Array, "B S H N"], positions: Int[Array, "B S"]
     ) -> Float[Array, "B S H N"]:
         """Angles and products in at least float32; the result has x's dtype."""
-        inverse, factor = self.frequencies(x.shape[-1])
+        inverse = self.frequencies(x.shape[-1])
+        amplitude = 1.0 if self.scaling is None else self.scaling.amplitude()
         dtype = at_least_f32(x.dtype)
         angles = positions[..., None, None].astype(dtype) * jnp.asarray(inverse, dtype)
-        cos, sin = factor * jnp.cos(angles), factor * jnp.sin(angles)  # [B, S, 1, rotary/2]
+        cos, sin = amplitude * jnp.cos(angles), amplitude * jnp.sin(angles)  # [B, S, 1, rotary/2]
         half = inverse.shape[0]
         a, b = x[..., :half].astype(dtype), x[..., half : 2 * half].astype(dtype)
         turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import flax.linen as nn
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moejax.layers.norm import RMSNorm
@@ -15,6 +16,9 @@ from moejax.types import Context, Stats, Terms
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + ffn(norm(x)).
+
+    Padding is selected to zero first, so that whatever it held, NaN included, reaches neither a
+    result nor a gradient. Attention and ffn need not think of it again.
 
     Attributes:
       attention: `(x [B, S, D], context) -> [B, S, D]`.
@@ -31,6 +35,7 @@ class Block(nn.Module):
         self, x: Float[Array, "B S D"], context: Context
     ) -> tuple[Float[Array, "B S D"], Terms, Stats, Any]:
         """Returns (x, terms, stats, router carry); the last three are empty for a dense layer."""
+        x = jnp.where(context.token_mask[..., None], x, 0)
         x = x + self.attention(self.norm.copy(name="attention_norm")(x), context)
         normed = self.norm.copy(name="ffn_norm")(x)
         if isinstance(self.ffn, MoE):

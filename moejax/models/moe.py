@@ -17,6 +17,10 @@ from moejax.types import Context, Routing, Stats, Terms, add_terms
 class MoE(nn.Module):
     """A mixture-of-experts feed-forward layer.
 
+    Statistics, summed over the tokens of one pass: `load` `[E]` (choices per expert), `tokens`,
+    `entropy` (of the router, nats), the transport's counts, and whatever the router put in
+    `Routing.extras` but `log_prob`, which is per token.
+
     Attributes:
       num_experts: routed experts E.
       router: `(x [T, D], context) -> (Routing, carry)`.
@@ -36,7 +40,10 @@ class MoE(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B S D"], context: Context) -> tuple[Array, Terms, Stats, Any]:
-        """Returns (y, terms, stats, router carry). Padding is routed nowhere and counts nowhere."""
+        """Returns (y, terms, stats, router carry). Padding is routed nowhere and counts nowhere.
+
+        `x` must be finite at padding; `Block` sees to it.
+        """
         if not self.balance:
             raise UserError(
                 "ffn.balance is empty: name at least one rule, for example TwoPassLoadBalance("
@@ -53,7 +60,7 @@ class MoE(nn.Module):
         )
         rows = x.reshape(-1, x.shape[-1])  # [T, D]
         routing, carry = self.router(rows, context)
-        routing = _without_padding(routing, context.token_mask.reshape(-1))
+        routing = without_padding(routing, context.token_mask.reshape(-1))
         weights, compute = self.experts(self.num_experts, x.shape[-1])
         y, counts = self.transport(rows, routing, weights, compute)
         y = y.reshape(x.shape).astype(x.dtype)
@@ -63,7 +70,7 @@ class MoE(nn.Module):
         terms: Terms = {}
         for rule, state in zip(self.balance, states, strict=True):
             terms = add_terms(terms, rule.terms(routing, context, state))
-        return y, terms, _statistics(routing, context) | counts, carry
+        return y, terms, _statistics(routing, context, counts), carry
 
     def _remembered(self, index: int, rule: Rule) -> dict[str, Array]:
         """The rule's remembered arrays, kept in the collection `router_state`."""
@@ -83,7 +90,7 @@ class MoE(nn.Module):
         return new
 
 
-def _without_padding(routing: Routing, mask: Array) -> Routing:
+def without_padding(routing: Routing, mask: Array) -> Routing:
     """Empty slots for padding, by selection: whatever the router computed there is dropped."""
     num_experts = routing.probs.shape[-1]
     keep = mask[:, None]
@@ -96,14 +103,17 @@ def _without_padding(routing: Routing, mask: Array) -> Routing:
     )
 
 
-def _statistics(routing: Routing, context: Context) -> Stats:
-    """Sums over tokens: choices per expert, tokens, and the entropy of the router in nats."""
+def _statistics(routing: Routing, context: Context, counts: Stats) -> Stats:
     num_experts = routing.probs.shape[-1]
     probs = jax.lax.stop_gradient(routing.probs)
     entropy = -jnp.where(probs > 0, probs * jnp.log(jnp.where(probs > 0, probs, 1)), 0).sum()
     picked = routing.experts[:, :, None] == jnp.arange(num_experts)
-    return {
+    own = counts | {
         "load": picked.sum(axis=(0, 1)).astype(jnp.int32),
         "tokens": context.token_mask.sum().astype(jnp.int32),
         "entropy": entropy,
-    } | jax.lax.stop_gradient(routing.extras)
+    }
+    extras = {k: jax.lax.stop_gradient(v) for k, v in routing.extras.items() if k != "log_prob"}
+    if clash := own.keys() & extras.keys():
+        raise ValueError(f"the router's extras use names of the layer: {', '.join(sorted(clash))}")
+    return own | extras

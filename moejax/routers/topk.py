@@ -22,19 +22,21 @@ class TopK(nn.Module):
     """Selects the k experts of highest (adjusted) score and combines with their scores.
 
     Attributes:
-      k: experts per token.
+      k: experts per token. Ties go to the lower expert id.
       score: `softmax` over the experts, or an independent `sigmoid` for each.
       normalise: `before` top-k leaves the selected scores as they are (OLMoE, DeepSeek-V2);
         `after` divides them by their sum (Mixtral, DeepSeek-V3; for softmax this equals a softmax
         over the k selected logits, gpt-oss).
       scale: multiplies the combine weights last.
-      num_groups: experts are split into this many equal groups, of which only the
-        `num_groups_kept` best can be selected from; 1 is no limit.
-      group_score: a group's score is its `max`, or the sum of its two best (`top2`).
+      num_groups: experts are split into this many equal groups of consecutive ids, of which only
+        the `num_groups_kept` best can be selected from; 1 is no limit.
+      group_score: a group's score is its `max` (DeepSeek-V2), or the sum of its two best (`top2`,
+        DeepSeek-V3), both of the adjusted scores.
       use_bias: a trained bias on the logits (gpt-oss).
 
     `context.selection_bias [E]`, kept by a loss-free balance rule, is added to the scores for
-    selection and never enters the weights.
+    selection and never enters the weights. `Routing.probs` is the softmax, or the sigmoid scores
+    over their sum.
     """
 
     k: int
@@ -53,11 +55,11 @@ class TopK(nn.Module):
         self._check(num_experts)
         dtype = at_least_f32(x.dtype)
         init = nn.with_logical_partitioning(self.kernel_init, ("embed", None))
-        kernel = self.param("kernel", init, (x.shape[-1], num_experts))
+        kernel = self.param("kernel", init, (x.shape[-1], num_experts), jnp.float32)
         logits = x.astype(dtype) @ kernel.astype(dtype)
         if self.use_bias:
             zeros = nn.with_logical_partitioning(initializers.zeros, (None,))
-            logits = logits + self.param("bias", zeros, (num_experts,)).astype(dtype)
+            logits = logits + self.param("bias", zeros, (num_experts,), jnp.float32).astype(dtype)
 
         scores = jax.nn.softmax(logits) if self.score == "softmax" else jax.nn.sigmoid(logits)
         adjusted = jax.lax.stop_gradient(scores)
@@ -69,9 +71,8 @@ class TopK(nn.Module):
         weights = jnp.take_along_axis(scores, experts, axis=-1)
         if self.normalise == "after":
             weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
-        if self.score == "softmax":
-            probs = scores
-        else:
+        probs = scores
+        if self.score == "sigmoid":
             probs = scores / (scores.sum(-1, keepdims=True) + 1e-20)
         routing = Routing(
             experts=experts.astype(jnp.int32),
@@ -91,17 +92,33 @@ class TopK(nn.Module):
         return jnp.where(allowed[:, :, None], grouped, -jnp.inf).reshape(adjusted.shape)
 
     def _check(self, num_experts: int) -> None:
+        _check_choice("score", self.score, ("softmax", "sigmoid"))
+        _check_choice("normalise", self.normalise, ("before", "after"))
+        _check_choice("group_score", self.group_score, ("max", "top2"))
         if not 1 <= self.k <= num_experts:
             raise UserError(f"router.k={self.k} must be between 1 and num_experts={num_experts}")
-        if self.num_groups == 1:
-            return
-        if num_experts % self.num_groups:
+        if self.num_groups < 1 or num_experts % self.num_groups:
             raise UserError(
                 f"router.num_groups={self.num_groups} does not divide num_experts={num_experts}"
             )
-        selectable = self.num_groups_kept * (num_experts // self.num_groups)
-        if not self.k <= selectable or self.num_groups_kept > self.num_groups:
+        if not 1 <= self.num_groups_kept <= self.num_groups:
+            raise UserError(
+                f"router.num_groups_kept={self.num_groups_kept} must be between 1 and "
+                f"router.num_groups={self.num_groups}"
+            )
+        group = num_experts // self.num_groups
+        if self.k > self.num_groups_kept * group:
             raise UserError(
                 f"router.num_groups_kept={self.num_groups_kept} of {self.num_groups} groups leaves "
-                f"{selectable} experts for router.k={self.k}"
+                f"{self.num_groups_kept * group} experts for router.k={self.k}"
             )
+        if self.num_groups > 1 and self.group_score == "top2" and group < 2:
+            raise UserError(
+                f"router.group_score='top2' needs groups of two experts or more; "
+                f"num_groups={self.num_groups} of num_experts={num_experts} have {group}: use 'max'"
+            )
+
+
+def _check_choice(field: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(f"router.{field}={value!r} must be one of {', '.join(allowed)}")

@@ -10,6 +10,7 @@ import errno
 import logging
 import re
 import sys
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,7 +27,7 @@ class ArrayStore:
 
     def __init__(self, *, timeout_seconds: int):
         logging.getLogger("absl").addFilter(_is_news)
-        _ignore_late_callbacks()
+        _ignore_late_errors()
         self._writer = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(
                 **{
@@ -111,21 +112,29 @@ def _is_news(record: logging.LogRecord) -> bool:
     return not (record.exc_info and "orbax" in record.pathname)
 
 
-def _ignore_late_callbacks() -> None:
-    """Silences what TensorStore's threads print when a failed save has closed their event loop.
+def _ignore_late_errors() -> None:
+    """Silences what the other reads or writes of a failed call print after it was raised.
 
-    The failure itself is raised by `check` and `wait`; everything else goes to the hook before.
+    Orbax stops at the first error and closes its event loop under the rest of them, and Python
+    prints an unraisable error for each. All that is not of that kind goes to the hook before.
     """
     before = sys.unraisablehook
-    if getattr(before, "ignores_late_callbacks", False):
+    if getattr(before, "ignores_late_errors", False):
         return
 
     def hook(event):
-        if not (event.exc_type is RuntimeError and str(event.exc_value) == "Event loop is closed"):
+        loop_closed = str(event.exc_value) == "Event loop is closed"
+        if not loop_closed and "orbax" not in _last_file(event.exc_traceback):
             before(event)
 
-    hook.ignores_late_callbacks = True
+    hook.ignores_late_errors = True
     sys.unraisablehook = hook
+
+
+def _last_file(trace: types.TracebackType | None) -> str:
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return "" if trace is None else trace.tb_frame.f_code.co_filename
 
 
 _REASONS = {
@@ -139,8 +148,14 @@ _REASONS = {
 
 
 def reason(error: BaseException | None) -> str:
-    """Why reading or writing failed, in a few words and on one line."""
-    text = " ".join(str(error).split())
+    """Why reading or writing failed, in a few words and on one line.
+
+    What TensorStore said is at the root of the chain, names the leaf, and ends in its settings.
+    """
+    while error is not None and (error.__cause__ or error.__context__) is not None:
+        error = error.__cause__ or error.__context__
+    text = " ".join(str(error).split()).split(" [tensorstore_spec")[0]
+    text = re.sub(r' in OCDBT database at local file "[^"]*"', "", text)
     for code, (pattern, words) in _REASONS.items():
         if getattr(error, "errno", None) == code or re.search(pattern, text, re.IGNORECASE):
             return words

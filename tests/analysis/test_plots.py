@@ -20,9 +20,8 @@ DRAW = {
 }
 RUNS = {
     "one record": SyntheticRun(num_records=1, finished=False, peak_known=False),
-    "five records": SyntheticRun(num_records=5),
     "300 records": SyntheticRun(dead_layer=3, collapse_layer=1),
-    "one layer": SyntheticRun(num_layers=1, num_experts=2, k=2, num_records=20),
+    "one layer": SyntheticRun(num_layers=1, num_experts=2, k=2, num_records=5),
     "48 layers": SyntheticRun(num_layers=48, num_experts=128, k=8, num_records=12),
 }
 
@@ -86,14 +85,19 @@ def test_heatmap_shows_load_over_the_even_share():
     assert mesh.norm(1.0) == pytest.approx(0.5)  # an even share is the middle of the scale
 
 
-def test_layers_beyond_twelve_are_sampled_evenly():
-    assert router_plots.shown_layers(5) == [0, 1, 2, 3, 4]
-    many = router_plots.shown_layers(48)
-    assert len(many) == 12
-    assert (many[0], many[-1]) == (0, 47)
-    assert max(np.diff(many)) - min(np.diff(many)) <= 1
-    figure = router_plots.plot_expert_load(history_of(RUNS["48 layers"]))
-    assert "12 of 48 MoE layers" in figure.get_suptitle()
+def test_few_layers_are_all_shown():
+    assert router_plots.shown_layers(np.ones((3, 5, 4))) == [0, 1, 2, 3, 4]
+
+
+def test_of_many_layers_the_sick_ones_are_shown():
+    run = SyntheticRun(num_records=60, num_layers=40, dead_layer=20, collapse_layer=7)
+    history = history_of(run)
+    rows = router_plots.shown_layers(history.load)
+    assert len(rows) == len(set(rows)) == 12
+    assert {0, 7, 20, 39} <= set(rows)
+    figure = router_plots.plot_expert_load(history)
+    assert "12 of 40 MoE layers" in figure.get_suptitle()
+    assert figure.axes[rows.index(20)].get_title() == "layer 20"
 
 
 def test_long_runs_are_binned_by_means_without_nan():

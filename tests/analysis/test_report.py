@@ -2,12 +2,13 @@
 
 import argparse
 import html.parser
-import json
 import re
 
 import pytest
 from synthetic_run import SyntheticRun, write_run
 
+from moejax.analysis.history import build_history
+from moejax.analysis.html import render_page
 from moejax.analysis.report import write_report
 from moejax.commands import report
 from moejax.errors import UserError
@@ -67,20 +68,6 @@ def test_whole_run(tmp_path):
     assert figures["Held-out bits per byte"] == f"{finished:.3f}"
 
 
-@pytest.mark.parametrize(
-    "run, pictures",
-    [
-        (SyntheticRun(num_records=1, finished=False), ALL),
-        (SyntheticRun(num_records=8, num_layers=0), DENSE),
-    ],
-    ids=["one record", "dense"],
-)
-def test_small_and_dense_runs(tmp_path, run, pictures):
-    path = write_report(write_run(tmp_path, run.records()))
-    assert pngs(path.parent) == pictures
-    assert ("none (dense model)" in path.read_text()) == (pictures == DENSE)
-
-
 def test_values_that_are_not_finite(tmp_path):
     records = SyntheticRun(num_records=6).records()
     for record in records[1:]:
@@ -95,6 +82,13 @@ def test_bare_records(tmp_path):
     records = [{"kind": "train", "step": 1, "time": 0, "values": {"loss": 2.0}}]
     text = write_report(write_run(tmp_path, records)).read_text()
     assert "Unnamed run" in text
+
+
+def test_versions_as_one_line():
+    records = SyntheticRun(num_records=2, num_layers=0).records()
+    records[0]["values"]["versions"] = "python 3.12, jax 0.12"
+    text = render_page(build_history(records), pictures=[], config_text=None)
+    assert "<pre>python 3.12\njax 0.12</pre>" in text
 
 
 @pytest.mark.parametrize("records", [[], SyntheticRun().records()[:1]], ids=["empty", "run only"])
@@ -117,11 +111,13 @@ def test_out_that_cannot_be_written(tmp_path):
         write_report(tmp_path, tmp_path / "file")
 
 
-def test_command_prints_the_page(tmp_path, capsys):
+def test_command_reports_on_a_dense_run(tmp_path, capsys):
     run = write_run(tmp_path / "run", SyntheticRun(num_records=2, num_layers=0).records())
     parser = argparse.ArgumentParser()
     report.add_arguments(parser)
     assert report.run(parser.parse_args([str(run), "--out", str(tmp_path / "out")])) == 0
-    assert capsys.readouterr().out.strip() == str(tmp_path / "out" / "index.html")
+    page = tmp_path / "out" / "index.html"
+    assert capsys.readouterr().out.strip() == str(page)
+    assert pngs(page.parent) == DENSE
+    assert "none (dense model)" in page.read_text()
     assert report.EXAMPLE.startswith("moejax report ")
-    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["kind"] == "run"

@@ -11,6 +11,8 @@ import pytest
 
 from moejax import commands
 from moejax.commands import arguments
+from moejax.config.load import load_config
+from moejax.config.serialize import dump_config
 from moejax.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -61,6 +63,17 @@ def config(tmp_path):
 def test_overrides_reach_the_config(toy, config):
     assert commands.main(["toy-run", config, "steps=50", "workdir=runs/a"]) == 0
     assert (toy[0].steps, toy[0].workdir) == (50, "runs/a")
+
+
+def test_a_moved_run_is_its_own_workdir(toy, config, tmp_path):
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    stored = dump_config(load_config(config), {})
+    (moved / "config.json").write_text(stored)
+    assert commands.main(["toy-run", str(moved)]) == 0
+    assert toy[0].workdir == str(moved)
+    assert commands.main(["toy-run", str(moved), "workdir=elsewhere"]) == 0
+    assert toy[1].workdir == "elsewhere"
 
 
 def test_options_may_stand_among_the_overrides(toy, config):

@@ -4,30 +4,18 @@ import pytest
 
 from moejax.data import ByteTokenizer, Data, TextFiles
 
-WORDS = [
-    "def",
-    "return",
-    "import",
-    "self",
-    "yield",
-    "lambda",
-    "zero",
-    "eins",
-    "deux",
-    "três",
-    "четыре",
-    "五",
-    "🚀",
-    "x1",
-    "_y",
-    "(a+b)*c",
-]
+WORDS = (
+    *("def", "return", "import", "self", "yield", "lambda", "zero", "eins", "deux"),
+    *("três", "четыре", "五", "🚀", "x1", "_y", "(a+b)*c"),
+)
 
 
 def text(number: int, num_words: int) -> str:
-    """A deterministic text with non-ASCII characters, indentation and line ends."""
+    """A text that names its number, with non-ASCII characters, indentation and line ends."""
     parts = [WORDS[(number * 7 + i * i) % len(WORDS)] for i in range(num_words)]
-    return "".join(p + ("\n    " if i % 9 == 8 else " ") for i, p in enumerate(parts))
+    return f"# text {number}\n" + "".join(
+        p + ("\n    " if i % 9 == 8 else " ") for i, p in enumerate(parts)
+    )
 
 
 @pytest.fixture(autouse=True)

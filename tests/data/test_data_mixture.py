@@ -29,6 +29,26 @@ def test_random_access_far_out():
     assert abs(turn[source == 0][0] / far[0] - 0.7) < 1e-4
 
 
+def test_golden():
+    """Checkpoints count on this order: it must never change."""
+    source, turn = Turns((3.0, 2.0, 1.0))(np.arange(12) + 10 * PERIOD)
+    assert source.tolist() == [0, 1, 2, 0, 1, 0, 0, 1, 2, 0, 1, 0]
+    assert (turn - turn[[np.argmax(source == k) for k in source]]).tolist() == [
+        0,
+        0,
+        0,
+        1,
+        1,
+        2,
+        3,
+        2,
+        1,
+        4,
+        3,
+        5,
+    ]
+
+
 def test_bad_weights_are_errors():
     source = object()
     with pytest.raises(DataError, match="one weight per source"):

@@ -46,9 +46,7 @@ def fields(batch):
 @pytest.mark.parametrize("packing", [BestFit(), ConcatChunk()])
 @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=30), seq_len=st.integers(2, 12))
 @settings(max_examples=60, deadline=None)
-def test_batches_are_the_rows_and_hold_every_token_once(
-    packing, lengths, seq_len, tmp_path_factory
-):
+def test_batches_are_the_rows_with_every_token_once(packing, lengths, seq_len, tmp_path_factory):
     cache = str(tmp_path_factory.mktemp("rows"))
     docs = make_documents(lengths)
     rows = packed(docs, packing, seq_len=seq_len, seed=3, cache_dir=cache)

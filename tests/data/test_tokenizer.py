@@ -159,6 +159,33 @@ def test_hugging_face_tokenizer(tmp_path):
     )
 
 
+def test_sentencepiece_style_tokenizer(tmp_path):
+    """As Mixtral's: "\u2581" for a blank, one in front of the text, bytes as "<0x0A>"."""
+    bytes_ = [f"<0x{b:02X}>" for b in range(256)]
+    words = ["\u2581", "a", "b", "\u2581a", "ab", "\u2581ab"]
+    vocab = {t: i for i, t in enumerate(["<unk>", "<s>", "</s>", *bytes_, *words])}
+    merges = [("\u2581", "a"), ("a", "b"), ("\u2581", "ab")]
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    backend.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend("\u2581"), tokenizers.normalizers.Replace(" ", "\u2581")]
+    )
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
+         decoders.Strip(" ", 1, 0)]
+    )  # fmt: skip
+    backend.save(str(tmp_path / "t.json"))
+    tokenizer = HFTokenizer(path=str(tmp_path / "t.json"), eos_token="</s>").prepare(None, "")
+    sample = "ab a\nb \u00e9</s> ab"
+    ids = tokenizer.encode(sample)
+    assert tokenizer.eos_id == 2
+    assert tokenizer.eos_id not in ids
+    assert tokenizer.decode([*ids, 2]) == sample
+    assert tokenizer.token_bytes()[ids].sum() == len(sample.encode()) + 1  # the blank in front
+
+
 def test_hugging_face_errors(tmp_path):
     hugging_face_folder(tmp_path / "hf")
     with pytest.raises(DataError, match="end-of-document token '<nope>'"):

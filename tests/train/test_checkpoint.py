@@ -248,7 +248,10 @@ def test_truncated_or_missing_files(tmp_path, damage):
                 os.truncate(file, file.stat().st_size // 2)
     step, problems = restored_step(tmp_path)
     assert step == 10
-    assert problems
+    assert len(problems) == 1
+    assert "step 20: its files are damaged" in problems[0]
+    assert len(problems[0]) < 300
+    assert '"params/' in problems[0] or '"moments/' in problems[0]  # names a leaf
 
 
 def test_flipped_digit_in_the_data_position_is_noticed(tmp_path):

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LocalGroups:
-    """The groups of `rhs`: their sizes and the row where the first one starts."""
+    """The groups of `rhs`: their sizes and the row where the first one starts.
+
+    `first_row` is the Python number 0 where `rhs` holds all groups, so that nothing is moved then.
+    """
 
     sizes: Int[Array, "G"]
-    first_row: Int[Array, ""]
-
-    def holds(self, num_rows: int) -> Bool[Array, "R"]:
-        """Which rows belong to any of these groups."""
-        row = jnp.arange(num_rows, dtype=jnp.int32)
-        return (row >= self.first_row) & (row < self.first_row + jnp.sum(self.sizes))
+    first_row: Int[Array, ""] | int
 
 
 def local_groups(
@@ -33,7 +29,7 @@ def local_groups(
     """
     sizes = group_sizes.astype(jnp.int32)
     if group_offset is None:
-        return LocalGroups(sizes, jnp.zeros((), jnp.int32))
+        return LocalGroups(sizes, 0)
     offset = jnp.asarray(group_offset, jnp.int32).reshape(())
     index = jnp.arange(sizes.shape[0], dtype=jnp.int32)
     first_row = jnp.sum(jnp.where(index < offset, sizes, 0))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Int
 
 from moejax.kernels import compat
 from moejax.kernels.grouped_matmul.groups import LocalGroups
@@ -30,7 +29,7 @@ def forward(lhs: Array, rhs: Array, groups: LocalGroups, *, transpose_rhs: bool,
 
     width = rhs.shape[1 if transpose_rhs else 2]
     out = compat.zeros((lhs.shape[0], width), dtype, like=lhs)
-    return scan_tiles(_plan(groups, lhs.shape[0]), body, out)
+    return scan_tiles(plan_tiles(groups.sizes, lhs.shape[0], first_row=groups.first_row), body, out)
 
 
 def grad_lhs(dout: Array, rhs: Array, groups: LocalGroups, *, transpose_rhs: bool, dtype) -> Array:
@@ -50,9 +49,6 @@ def grad_rhs(lhs: Array, dout: Array, groups: LocalGroups, *, transpose_rhs: boo
 
     num_groups = groups.sizes.shape[0]
     drhs = compat.zeros((num_groups, a.shape[1], b.shape[1]), acc, like=lhs)
-    return scan_tiles(_plan(groups, lhs.shape[0]), body, drhs).astype(dtype)
-
-
-def _plan(groups: LocalGroups, total_rows: int):
-    first_row: Int[Array, ""] | int = groups.first_row
-    return plan_tiles(groups.sizes, total_rows, first_row=first_row)
+    return scan_tiles(
+        plan_tiles(groups.sizes, lhs.shape[0], first_row=groups.first_row), body, drhs
+    ).astype(dtype)

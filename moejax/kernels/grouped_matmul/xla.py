@@ -25,7 +25,7 @@ def forward(lhs: Array, rhs: Array, groups: LocalGroups, *, transpose_rhs: bool,
     )
     rows = _to_front(lhs, groups)
     out = _ragged_dot(rows, rhs, groups, dims).astype(dtype)
-    return jnp.roll(_only_held(out, groups), groups.first_row, axis=0)
+    return _roll(_only_held(out, groups), groups.first_row)
 
 
 def grad_lhs(dout: Array, rhs: Array, groups: LocalGroups, *, transpose_rhs: bool, dtype) -> Array:
@@ -58,7 +58,11 @@ def _ragged_dot(a: Array, b: Array, groups: LocalGroups, dims) -> Array:
 
 def _to_front(rows: Array, groups: LocalGroups) -> Array:
     """The groups' rows from row 0 on, zero behind them."""
-    return _only_held(jnp.roll(rows, -groups.first_row, axis=0), groups)
+    return _only_held(_roll(rows, -groups.first_row), groups)
+
+
+def _roll(rows: Array, shift: Array | int) -> Array:
+    return rows if isinstance(shift, int) else jnp.roll(rows, shift, axis=0)
 
 
 def _only_held(rows: Array, groups: LocalGroups) -> Array:

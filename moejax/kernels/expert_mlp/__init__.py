@@ -1,0 +1,143 @@
+"""Mixture of gated experts for one device: permute, gate and up, down, combine, in one gradient.
+
+Saves x, the pre-activations, the routing weights and indices, and nothing else: neither gathered
+copies of x nor the experts' outputs (the algebra of SonicMoE, arXiv 2512.14080; see `algebra.py`).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from moejax.kernels import compat, dispatch
+from moejax.kernels.activations import glu_activation
+from moejax.kernels.expert_mlp import tile_scan
+from moejax.kernels.expert_mlp.algebra import Activations, Weights
+from moejax.kernels.expert_mlp.grouped import GroupedExperts
+from moejax.kernels.expert_mlp.slots import Slots, sort_slots
+from moejax.kernels.grouped_matmul import xla
+
+# Each has forward and backward over sorted rows.
+IMPLEMENTATIONS: dict[str, Any] = {"tile_scan": tile_scan, "xla": GroupedExperts(xla)}
+
+
+class Biases(NamedTuple):
+    """Biases of E experts."""
+
+    gate: Float[Array, "E F"]
+    up: Float[Array, "E F"]
+    down: Float[Array, "E D"]
+
+
+def expert_mlp(
+    x: Float[Array, "T D"],
+    w_gate: Float[Array, "E D F"],
+    w_up: Float[Array, "E D F"],
+    w_down: Float[Array, "E F D"],
+    experts: Int[Array, "T K"],
+    weights: Float[Array, "T K"],
+    *,
+    biases: Biases | None = None,
+    activation: str = "silu",
+    implementation: str | None = None,
+) -> Float[Array, "T D"]:
+    """out[t] = sum over k of weights[t, k] * MLP[experts[t, k]](x[t]), and no token is dropped.
+
+    MLP[e](v) = act(v w_gate[e] + b_gate[e], v w_up[e] + b_up[e]) w_down[e] + b_down[e].
+
+    An id outside `[0, E)` is an empty slot: nothing is computed for it, its weight may be NaN and
+    gets a zero gradient. A row of `x`, or of the cotangent, that no slot uses may be NaN without
+    effect. A token may name the same expert twice.
+
+    Products accumulate in at least float32; activations are computed in at least float32 and saved
+    in the dtype of `x`. Differentiable once, in reverse mode, in x, all weights, the biases and
+    `weights`. Works under jit, scan, remat, shard_map and (sequentially) vmap.
+
+    Args:
+      x: tokens. Its dtype is the result's; products run in the dtype promoted from x and w_*.
+      w_gate, w_up, w_down: the experts' matrices.
+      experts: the chosen experts' ids.
+      weights: what each choice counts for.
+      biases: on the three projections; all or none.
+      activation: a key of `activations.GLU_ACTIVATIONS`.
+      implementation: a key of `IMPLEMENTATIONS`, or None to let `dispatch.choose` pick.
+
+    Raises:
+      ValueError: shapes that do not fit, an unknown activation or implementation.
+    """
+    biases = None if biases is None else Biases(*biases)
+    _check(x, w_gate, w_up, w_down, experts, weights, biases)
+    glu_activation(activation)
+    name = dispatch.choose("expert_mlp", implementation, IMPLEMENTATIONS)
+    if experts.size == 0 or 0 in w_gate.shape:
+        return jnp.zeros_like(x)
+    one_input = [None] * 3 if biases is None else [b[:, None, :] for b in biases]
+    w = Weights(w_gate, w_up, w_down, *one_input)
+    compute = jnp.result_type(x, *(v for v in w if v is not None))
+    w = jax.tree.map(lambda v: v.astype(compute), w)
+    operands = compat.vary_alike((x.astype(compute), w, experts, weights))
+    return _expert_mlp(activation, name, *operands).astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _expert_mlp(activation, implementation, x, w, experts, weights):
+    return _forward(activation, implementation, x, w, experts, weights)[0]
+
+
+def _forward(activation, implementation, x, w, experts, weights):
+    slots = sort_slots(experts, w.gate.shape[0])
+    act = glu_activation(activation)
+    kernels = IMPLEMENTATIONS[implementation]
+    y, h = kernels.forward(x, slots.to_rows(weights), w, slots, act)
+    return slots.sum_by_token(y, x.dtype), (x, h, w, slots, weights)
+
+
+def _backward(
+    activation: str,
+    implementation: str,
+    saved: tuple[Array, Activations, Weights, Slots, Array],
+    dout: Array,
+):
+    x, h, w, slots, weights = saved
+    act = glu_activation(activation)
+    kernels = IMPLEMENTATIONS[implementation]
+    dx, dscore, dw = kernels.backward(dout, x, slots.to_rows(weights), h, w, slots, act)
+    dw = jax.tree.map(lambda d, v: d.astype(v.dtype), dw, w)
+    dweights = slots.from_rows(dscore).astype(weights.dtype)
+    return slots.sum_by_token(dx, x.dtype), dw, None, dweights
+
+
+_expert_mlp.defvjp(_forward, _backward)
+
+
+def _check(x, w_gate, w_up, w_down, experts, weights, biases) -> None:
+    if x.ndim != 2 or w_gate.ndim != 3:
+        raise ValueError(
+            f"expert_mlp needs x [T, D] and w_gate [E, D, F]; got {x.shape}, {w_gate.shape}"
+        )
+    num_tokens, d_model = x.shape
+    num_experts, _, d_expert = w_gate.shape
+    into, out_of = (num_experts, d_model, d_expert), (num_experts, d_expert, d_model)
+    expected = {"w_gate": (w_gate, into), "w_up": (w_up, into), "w_down": (w_down, out_of)}
+    if experts.ndim != 2 or not jnp.issubdtype(experts.dtype, jnp.integer):
+        raise ValueError(
+            f"expert_mlp needs integer experts [T, K]; got {experts.dtype}{list(experts.shape)}"
+        )
+    slots = (num_tokens, experts.shape[1])
+    expected |= {"experts": (experts, slots), "weights": (weights, slots)}
+    if biases is not None:
+        expected |= {
+            "biases.gate": (biases.gate, (num_experts, d_expert)),
+            "biases.up": (biases.up, (num_experts, d_expert)),
+            "biases.down": (biases.down, (num_experts, d_model)),
+        }
+    for name, (value, shape) in expected.items():
+        if value.shape != shape:
+            raise ValueError(
+                f"expert_mlp needs {name} of shape {shape} for x {x.shape}, w_gate {w_gate.shape} "
+                f"and experts {experts.shape}; got {value.shape}"
+            )

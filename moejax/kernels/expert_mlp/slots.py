@@ -1,0 +1,83 @@
+"""Permutes between tokens and rows sorted by expert. Gathers in both directions, no scatter-add.
+
+A *slot* is one (token, choice) pair; slot i belongs to token i // K. Sorting the slots by expert
+(stably, so by token within an expert) gives the *rows*; empty slots come last.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Int
+
+from moejax.types import at_least_f32
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """Where every slot lies among the sorted rows.
+
+    Attributes:
+      order: the slot of each row.
+      row: the row of each slot.
+      group_sizes: rows per expert.
+    """
+
+    order: Int[Array, "R"]
+    row: Int[Array, "T K"]
+    group_sizes: Int[Array, "E"]
+
+    def token(self) -> Int[Array, "R"]:
+        """The token of each row."""
+        return self.order // self.row.shape[1]
+
+    def filled(self) -> Bool[Array, "T K"]:
+        """Which slots name an expert: their rows come before those of the empty slots."""
+        return self.row < jnp.sum(self.group_sizes)
+
+    def to_rows(self, slots: Array) -> Array:
+        """`[T, K]` values in the order of the rows; 0 in rows of empty slots."""
+        used = jnp.arange(self.order.size, dtype=jnp.int32) < jnp.sum(self.group_sizes)
+        return jnp.where(used, _take(slots.reshape(-1), self.order), 0)
+
+    def from_rows(self, rows: Array) -> Array:
+        """`[R]` values in the order of the slots, `[T, K]`; 0 in empty slots."""
+        return jnp.where(self.filled(), _take(rows, self.row), 0)
+
+    def sum_by_token(self, rows: Array, dtype) -> Array:
+        """Sums each token's rows `[R, D]` in at least float32; `[T, D]`."""
+        acc = at_least_f32(rows.dtype)
+        filled = self.filled()
+
+        def choice(k: int) -> Array:
+            return jnp.where(filled[:, k, None], _take(rows, self.row[:, k]).astype(acc), 0)
+
+        # One gather per choice: several times faster on CPU than one [T, K, D] gather and a sum.
+        total = choice(0)
+        for k in range(1, self.row.shape[1]):
+            total = total + choice(k)
+        return total.astype(dtype)
+
+
+def sort_slots(experts: Int[Array, "T K"], num_experts: int) -> Slots:
+    """Sorts slots by expert. An id outside `[0, num_experts)` is an empty slot."""
+    num_rows = experts.size
+    ids = experts.reshape(-1)
+    ids = jnp.where((ids >= 0) & (ids < num_experts), ids, num_experts).astype(jnp.int32)
+    slot = jnp.arange(num_rows, dtype=jnp.int32)
+    sorted_ids, order = lax.sort_key_val(ids, slot, is_stable=True)
+    bounds = jnp.searchsorted(sorted_ids, jnp.arange(num_experts + 1, dtype=jnp.int32))
+    row = jnp.zeros_like(slot).at[order].set(slot, unique_indices=True)
+    return Slots(
+        order=order,
+        row=row.reshape(experts.shape),
+        group_sizes=jnp.diff(bounds).astype(jnp.int32),
+    )
+
+
+def _take(values: Array, index: Array) -> Array:
+    return values.at[index].get(mode="promise_in_bounds")

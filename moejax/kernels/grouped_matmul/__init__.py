@@ -1,0 +1,110 @@
+"""Grouped matmul: every row times the matrix of its group, with hand-written gradients.
+
+Rows are sorted by group and group sizes are values, not shapes, so one compiled function serves
+every routing. (Gale et al., MegaBlocks, arXiv 2211.15841.)
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from moejax.kernels import compat, dispatch
+from moejax.kernels.grouped_matmul import tile_scan, xla
+from moejax.kernels.grouped_matmul.groups import local_groups
+
+# Each module has forward, grad_lhs and grad_rhs, which share the contract of `grouped_matmul`.
+IMPLEMENTATIONS: dict[str, ModuleType] = {"tile_scan": tile_scan, "xla": xla}
+
+
+def grouped_matmul(
+    lhs: Float[Array, "R K"],
+    rhs: Float[Array, "G K N"],
+    group_sizes: Int[Array, "all"],
+    *,
+    group_offset: Int[Array, ""] | int | None = None,
+    transpose_rhs: bool = False,
+    preferred_element_type: Any = None,
+    implementation: str | None = None,
+) -> Float[Array, "R N"]:
+    """out[r] = lhs[r] @ rhs[g], where g is the group of row r.
+
+    Group g owns `group_sizes[g]` consecutive rows, after those of the groups before it. Rows past
+    the sum of the sizes return zero and get a zero gradient, and whatever they hold in `lhs` or in
+    the cotangent, NaN included, reaches nothing. Products accumulate in at least float32.
+
+    Works under jit, grad, scan, shard_map and (sequentially) vmap. Gradients come back in the
+    dtypes of `lhs` and `rhs`. Differentiates once, in reverse mode.
+
+    Args:
+      lhs: the rows; any R, also 0.
+      rhs: one matrix per group; `[G, N, K]` if `transpose_rhs`.
+      group_sizes: rows per group, zero allowed. Their sum must not exceed R.
+      group_offset: None if `rhs` holds every group. Otherwise `rhs` holds the G groups from this
+        one on, `group_sizes` still counts the rows of all groups, and rows of the other groups
+        count as unused.
+      transpose_rhs: multiply by the transpose of the group's matrix.
+      preferred_element_type: dtype of the result; by default that of lhs and rhs promoted.
+      implementation: a key of `IMPLEMENTATIONS`, or None to let `dispatch.choose` pick.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit, or an unknown implementation.
+    """
+    _check(lhs, rhs, group_sizes, group_offset, transpose_rhs)
+    name = dispatch.choose("grouped_matmul", implementation, IMPLEMENTATIONS)
+    dtype = jnp.dtype(preferred_element_type or jnp.result_type(lhs, rhs))
+    if 0 in (lhs.shape[0], *rhs.shape):
+        return jnp.zeros((lhs.shape[0], rhs.shape[1 if transpose_rhs else 2]), dtype)
+    operands = compat.vary_alike((lhs, rhs, group_sizes, group_offset))
+    return _grouped_matmul(transpose_rhs, dtype, name, *operands)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _grouped_matmul(transpose_rhs, dtype, implementation, lhs, rhs, group_sizes, group_offset):
+    groups = local_groups(group_sizes, group_offset, rhs.shape[0])
+    kernels = IMPLEMENTATIONS[implementation]
+    return kernels.forward(lhs, rhs, groups, transpose_rhs=transpose_rhs, dtype=dtype)
+
+
+def _save(transpose_rhs, dtype, implementation, *operands):
+    return _grouped_matmul(transpose_rhs, dtype, implementation, *operands), operands
+
+
+def _backward(transpose_rhs, dtype, implementation, operands, dout):
+    lhs, rhs, group_sizes, group_offset = operands
+    groups = local_groups(group_sizes, group_offset, rhs.shape[0])
+    kernels = IMPLEMENTATIONS[implementation]
+    dlhs = kernels.grad_lhs(dout, rhs, groups, transpose_rhs=transpose_rhs, dtype=lhs.dtype)
+    drhs = kernels.grad_rhs(lhs, dout, groups, transpose_rhs=transpose_rhs, dtype=rhs.dtype)
+    return dlhs, drhs, None, None
+
+
+_grouped_matmul.defvjp(_save, _backward)
+
+
+def _check(lhs, rhs, group_sizes, group_offset, transpose_rhs) -> None:
+    inner = 2 if transpose_rhs else 1
+    if lhs.ndim != 2 or rhs.ndim != 3 or lhs.shape[1] != rhs.shape[inner]:
+        wanted = "[R, K] and [G, N, K]" if transpose_rhs else "[R, K] and [G, K, N]"
+        raise ValueError(
+            f"grouped_matmul(transpose_rhs={transpose_rhs}) needs lhs and rhs of shapes {wanted}; "
+            f"got {lhs.shape} and {rhs.shape}"
+        )
+    if group_sizes.ndim != 1 or not jnp.issubdtype(group_sizes.dtype, jnp.integer):
+        raise ValueError(
+            "grouped_matmul needs group_sizes as a vector of integers; "
+            f"got {group_sizes.dtype}{list(group_sizes.shape)}"
+        )
+    if group_offset is None and group_sizes.shape[0] != rhs.shape[0]:
+        raise ValueError(
+            f"grouped_matmul got {group_sizes.shape[0]} group sizes for {rhs.shape[0]} matrices; "
+            "pass group_offset if rhs holds only a slice of the groups"
+        )
+    for name, value in (("lhs", lhs), ("rhs", rhs)):
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise ValueError(f"grouped_matmul needs floating-point {name}; got {value.dtype}")

@@ -1,0 +1,54 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moejax.kernels.tiles import HEIGHTS, plan_tiles, scan_tiles
+
+TOTAL = 1100
+
+
+@jax.jit
+def visits(sizes, first_row):
+    """How often the loop over tiles visits each row, the group it gives it, and the row count."""
+
+    def body(tile, carry):
+        count, group, rows = carry
+        one = jnp.ones(tile.inside.shape, jnp.int32)
+        count = tile.store(count, tile.load(count) + one)
+        return count, tile.store(group, tile.group * one), rows + tile.inside.size
+
+    zeros = jnp.zeros(TOTAL, jnp.int32)
+    tiles = plan_tiles(sizes, TOTAL, first_row=first_row)
+    return scan_tiles(tiles, body, (zeros, zeros - 1, jnp.zeros((), jnp.int32)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.sampled_from([0, 0, 1, 31, 32, 33, 97, 256, 511, 512, 513, 1024]), max_size=6),
+    st.sampled_from([0, 1, 40]),
+)
+def test_every_row_of_a_group_is_visited_once_by_its_group(sizes, first_row):
+    sizes = np.asarray((sizes + [0] * 6)[:6])
+    total = np.minimum(np.cumsum(sizes), TOTAL - first_row)
+    sizes = np.diff(total, prepend=0)
+    count, group, rows = visits(jnp.asarray(sizes), jnp.asarray(first_row))
+    owner = np.full(TOTAL, -1)
+    owner[first_row : first_row + sizes.sum()] = np.repeat(np.arange(6), sizes)
+    np.testing.assert_array_equal(group, owner)
+    np.testing.assert_array_equal(count, owner >= 0)
+    assert rows <= 1.5 * sizes.sum() + HEIGHTS[0] * 6  # what rounding up costs
+
+
+@pytest.mark.parametrize("total", [1, 31, 32, 33, 512, 513])
+def test_heights_fit_the_rows(total):
+    tiles = plan_tiles(jnp.asarray([total]), total)
+    assert max(tiles.heights) <= total
+    assert int(tiles.num_rows[: tiles.height_ends[-1]].sum()) == total
+
+
+def test_sizes_beyond_the_rows_are_cut():
+    count, _, _ = visits(jnp.asarray([600, 600, 0, 0, 0, 5]), jnp.asarray(0))
+    np.testing.assert_array_equal(count, 1)
