@@ -13,6 +13,7 @@ from moejax.data.pack import BestFit
 from moejax.data.pipeline import Data
 from moejax.data.source import python_stdlib
 from moejax.data.subword import BPE
+from moejax.data.tokenizer import ByteTokenizer
 from moejax.experiment import Experiment
 from moejax.experts.glu import GLU
 from moejax.layers.linear import Linear
@@ -77,7 +78,24 @@ def config() -> Experiment:
 
 
 def smoke() -> fdl.Config:
-    """Seconds on a laptop: for tests, and to try a change."""
-    smoke_config = config.as_buildable()
-    smoke_config.steps = 3
-    return smoke_config
+    """Seconds on a laptop, on a few files of the library: for tests, and to try a change."""
+    small = config.as_buildable()
+    small.model.num_layers = 2
+    small.model.d_model = 32
+    small.model.block.attention.num_heads = 2
+    small.model.block.attention.num_kv_heads = 1
+    small.model.block.attention.query_blocks = 2
+    small.model.block.ffn.num_experts = 4
+    small.model.block.ffn.router.k = 2
+    small.model.block.ffn.experts.d_ff = 16
+    small.data.train.pattern = "json/*.py"
+    small.data.tokenizer = fdl.Config(ByteTokenizer)
+    small.optimizer.schedule.warmup_steps = 1
+    small.steps = 3
+    small.batch_size = 4
+    small.sequence_length = 64
+    small.log_every = 1
+    small.workdir = "runs/smoke"
+    small.prompts = ("def ",)
+    small.sampling.max_new_tokens = 8
+    return small

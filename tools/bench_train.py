@@ -243,8 +243,7 @@ def _olmoe(dtype: str):
         num_heads=heads,
         num_kv_heads=heads,
         rope=Rope(theta=10_000.0),
-        qk_norm=RMSNorm(epsilon=1e-5),
-        qk_norm_full=True,
+        qk_norm=RMSNorm(epsilon=1e-5, num_axes=2),
         query_blocks=4,
     )
     ffn = MoE(

@@ -47,77 +47,94 @@ class Rows:
         return self.batch(np.array([number]))
 
     def batch(self, numbers: np.ndarray) -> Batch:
-        """Rows as one batch of numpy arrays.
-
-        Args:
-          numbers: int64 [B] row numbers; `PADDING` gives a row of padding.
-
-        Returns:
-          Fields [B, S]; int32, `loss_mask` bool. Each piece is a segment, numbered from 1 within
-          its row; its targets are the tokens that follow in its document, the last one included
-          (at a cut that is the first token of the document's next piece).
-        """
-        pieces, slots, segments = self._pieces_of(numbers)
-        lengths = self.length[pieces]
-        num_rows, num_tokens = len(numbers), int(lengths.sum())
-        ends = np.cumsum(lengths, dtype=np.int64)
-        positions = np.arange(num_tokens, dtype=np.int32)
-        stream = positions + np.repeat(self.begin[pieces] - (ends - lengths), lengths)
-        positions -= np.repeat((ends - lengths).astype(np.int32), lengths)
-        segments = np.repeat(segments, lengths)
-        tokens = self.documents.tokens[stream]
-        targets = np.empty_like(tokens)  # the next token, but at a piece's end the one beyond it
-        targets[:-1] = tokens[1:]
-        targets[ends - 1] = self.documents.tokens[self.begin[pieces] + lengths]
-        where = None
-        if num_tokens != num_rows * self.seq_len:
-            used = np.bincount(slots, weights=lengths, minlength=num_rows)
-            where = np.arange(self.seq_len) < used[:, None]
-        shape = (num_rows, self.seq_len)
-        return Batch(
-            tokens=_spread(tokens, where, shape, np.int32),
-            targets=_spread(targets, where, shape, np.int32),
-            loss_mask=np.ones(shape, bool) if where is None else where,
-            segment_ids=_spread(segments, where, shape, np.int32),
-            positions=_spread(positions, where, shape, np.int32),
-        )
-
-    def _pieces_of(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of every piece in the rows, in order: its number, its slot in [0, B), its segment id."""
-        real = np.maximum(numbers, 0)
-        first = self.first[real]
-        counts = np.where(numbers >= 0, self.first[real + 1] - first, 0)
-        slots = np.repeat(np.arange(len(numbers)), counts)
-        within = np.arange(len(slots)) - np.repeat(np.cumsum(counts) - counts, counts)
-        return first[slots] + within, slots, (within + 1).astype(np.int32)
+        """Rows [B] as one batch; see `mixed_batch`."""
+        return mixed_batch([self], np.zeros(len(numbers), np.int64), numbers)
 
 
 def mixed_batch(parts: Sequence[Rows], part: np.ndarray, numbers: np.ndarray) -> Batch:
-    """Rows of several splits as one batch.
+    """Rows of several splits as one batch of numpy arrays.
 
     Args:
       parts: the packed splits, all of one row length.
       part: int64 [B], which of them each row comes from.
       numbers: int64 [B], the row number there; `PADDING` gives a row of padding.
+
+    Returns:
+      Fields [B, S]; int32, `loss_mask` bool. Each piece is a segment, numbered from 1 within its
+      row; its targets are the tokens that follow in its document, the last one included (at a
+      cut that is the first token of the document's next piece).
     """
+    shape = (len(numbers), parts[0].seq_len)
+    rows_of = [np.flatnonzero(part == p) for p in range(len(parts))]
+    pieces = _pieces(parts, rows_of, numbers, shape)
+    ends = np.cumsum(pieces.length)
+    starts = ends - pieces.length
+    positions = np.arange(ends[-1], dtype=np.int32)
+    stream = positions + np.repeat(pieces.begin - starts, pieces.length)
+    positions -= np.repeat(starts.astype(np.int32), pieces.length)
+    segment_ids = np.repeat(pieces.segment, pieces.length)
+    padding = np.flatnonzero(segment_ids == 0)
+    stream[padding] = 0  # any valid place: what is read there is replaced below
+    tokens = _gather(parts, rows_of, stream.reshape(shape)).reshape(-1)
+    targets = np.empty_like(tokens)  # the next token, but at a piece's end the one beyond it
+    targets[:-1] = tokens[1:]
+    targets[ends - 1] = pieces.last_target
+    for field in (tokens, targets, positions):
+        field[padding] = 0
+    return Batch(
+        tokens=tokens.reshape(shape),
+        targets=targets.reshape(shape),
+        loss_mask=(segment_ids > 0).reshape(shape),
+        segment_ids=segment_ids.reshape(shape),
+        positions=positions.reshape(shape),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Pieces:
+    """The pieces that fill B rows exactly, in order; padding is a piece with segment 0. [n]"""
+
+    begin: np.ndarray  # int64, in its part's stream
+    length: np.ndarray  # int64
+    segment: np.ndarray  # int32
+    last_target: np.ndarray  # int32
+
+
+def _pieces(
+    parts: Sequence[Rows], rows_of: list[np.ndarray], numbers: np.ndarray, shape: tuple[int, int]
+) -> _Pieces:
+    found = [_part_pieces(rows, at, numbers[at]) for rows, at in zip(parts, rows_of, strict=True)]
+    slot, begin, length, segment, last = (np.concatenate(x) for x in zip(*found, strict=True))
+    free = shape[1] - np.bincount(slot, weights=length, minlength=shape[0]).astype(np.int64)
+    padded = np.flatnonzero(free)
+    none = np.zeros(len(padded), np.int32)
+    by_row = np.argsort(np.concatenate([slot, padded]), kind="stable")  # padding comes last
+    return _Pieces(
+        begin=np.concatenate([begin, none])[by_row],
+        length=np.concatenate([length, free[padded]])[by_row],
+        segment=np.concatenate([segment, none])[by_row],
+        last_target=np.concatenate([last, none])[by_row],
+    )
+
+
+def _part_pieces(rows: Rows, at: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Of the pieces of one part's rows: (row of the batch, begin, length, segment, last target)."""
+    real = np.maximum(numbers, 0)
+    first = rows.first[real]
+    counts = np.where(numbers >= 0, rows.first[real + 1] - first, 0)
+    row = np.repeat(np.arange(len(numbers)), counts)
+    within = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+    pieces = first[row] + within
+    begin, length = rows.begin[pieces], rows.length[pieces].astype(np.int64)
+    last_target = rows.documents.tokens[begin + length].astype(np.int32)
+    return at[row], begin, length, (within + 1).astype(np.int32), last_target
+
+
+def _gather(parts: Sequence[Rows], rows_of: list[np.ndarray], stream: np.ndarray) -> np.ndarray:
+    """int32 [B, S]: tokens at these places of each row's own stream."""
     if len(parts) == 1:
-        return parts[0].batch(numbers)
-    fields = [f.name for f in dataclasses.fields(Batch)]
-    out = {}
-    for p in np.unique(part):
-        here = np.flatnonzero(part == p)
-        batch = parts[p].batch(numbers[here])
-        for name in fields:
-            value = getattr(batch, name)
-            full = out.setdefault(name, np.zeros((len(numbers), *value.shape[1:]), value.dtype))
-            full[here] = value
-    return Batch(**out)
-
-
-def _spread(values: np.ndarray, where: np.ndarray | None, shape: tuple, dtype: type) -> np.ndarray:
-    """Puts the values of the unpadded positions in place; the rest is 0."""
-    if where is None:
-        return values.astype(dtype, copy=False).reshape(shape)
-    out = np.zeros(shape, dtype)
-    out[where] = values
+        return parts[0].documents.tokens[stream].astype(np.int32)
+    out = np.empty(stream.shape, np.int32)
+    for rows, at in zip(parts, rows_of, strict=True):
+        out[at] = rows.documents.tokens[stream[at]]
     return out

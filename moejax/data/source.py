@@ -185,7 +185,7 @@ def _read_text(name: str, path: pathlib.Path, skipped: Skipped) -> str:
     return ""
 
 
-def python_stdlib(*, holdout_every: int = 20) -> TextFiles:
+def python_stdlib(*, pattern: str = "**/*.py", holdout_every: int = 20) -> TextFiles:
     """The sources of the running Python's standard library: about 12 MB, there on any machine.
 
     Leaves out tests (mostly generated tables), installed packages, and build files, which hold
@@ -193,7 +193,7 @@ def python_stdlib(*, holdout_every: int = 20) -> TextFiles:
     """
     return TextFiles(
         path=sysconfig.get_paths()["stdlib"],
-        pattern="**/*.py",
+        pattern=pattern,
         holdout_every=holdout_every,
         exclude=(
             *("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"),

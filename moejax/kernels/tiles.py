@@ -41,10 +41,10 @@ class TileList:
       total_rows: R, the rows of the arrays that the tiles cut.
     """
 
-    group: Int[Array, "M"]
-    start: Int[Array, "M"]
-    num_rows: Int[Array, "M"]
-    height_ends: Int[Array, "H"]
+    group: Int[Array, " M"]
+    start: Int[Array, " M"]
+    num_rows: Int[Array, " M"]
+    height_ends: Int[Array, " H"]
     heights: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     total_rows: int = dataclasses.field(metadata={"static": True})
 
@@ -55,13 +55,13 @@ class Tile:
 
     group: Int[Array, ""]
     start: Int[Array, ""]
-    inside: Bool[Array, "height"]
+    inside: Bool[Array, " height"]
 
     def load(self, source: Array) -> Array:
         """The tile's rows of `source` `[R, ...]`; rows of other groups read as zero."""
         return self.select(lax.dynamic_slice_in_dim(source, self.start, self.inside.size, 0), 0)
 
-    def gather(self, source: Array, index: Int[Array, "R"]) -> Array:
+    def gather(self, source: Array, index: Int[Array, " R"]) -> Array:
         """`source[index]` for the tile's rows; rows of other groups read as zero."""
         index = lax.dynamic_slice_in_dim(index, self.start, self.inside.size, 0)
         return self.select(source.at[index].get(mode="promise_in_bounds"), 0)
@@ -83,7 +83,7 @@ class Tile:
 
 
 def plan_tiles(
-    group_sizes: Int[Array, "G"], total_rows: int, *, first_row: Int[Array, ""] | int = 0
+    group_sizes: Int[Array, " G"], total_rows: int, *, first_row: Int[Array, ""] | int = 0
 ) -> TileList:
     """Tiles for groups that lie one after another from `first_row` on.
 

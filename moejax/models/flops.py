@@ -40,8 +40,8 @@ def size(model: Transformer, sequence_length: int) -> Size:
         params += count
         active += share * count
         is_lookup = "embedding" in jax.tree_util.keystr(path) and not model.tied_head
-        # A stacked matrix has three axes (layers first), a stacked vector two.
-        rank = leaf.ndim - (axis_names[:1] == ("layers",))
+        # The axes of layers and experts stack matrices and vectors (norms, biases) alike.
+        rank = leaf.ndim - ("layers" in axis_names) - ("expert" in axis_names)
         if rank >= 2 and not is_lookup:
             matmul += share * count
     flops = 6 * matmul + _attention_flops(model, sequence_length)

@@ -61,13 +61,19 @@ def generate(
     tokens = np.zeros((len(prompts), lengths.max()), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
-    run = functools.partial(_generate, model, sampling)
-    new = np.asarray(jax.jit(run)(variables, tokens, lengths, jax.random.key(seed)))
+    if tokens.min() < 0 or tokens.max() >= model.vocab_size:
+        raise UserError(
+            f"a prompt has ids from {tokens.min()} to {tokens.max()}; the model knows 0 to "
+            f"{model.vocab_size - 1}: use the tokenizer it was trained with"
+        )
+    key = jax.random.key(seed)
+    new = np.asarray(_generate(model, sampling, variables, tokens, lengths, key))
     if stop_id is None:
         return list(new)
     return [row[: np.argmax(row == stop_id)] if (row == stop_id).any() else row for row in new]
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _generate(model, sampling, variables, tokens, lengths, key):
     batch, longest = tokens.shape
     cache_length = longest + sampling.max_new_tokens
@@ -99,10 +105,11 @@ def _generate(model, sampling, variables, tokens, lengths, key):
         token, cache = carry
         position = (lengths + index)[:, None]
         logits, cache = forward(cache, token[:, None], position, jnp.ones((batch, 1), bool))
-        return (draw(logits[:, 0], index + 1), cache), token
+        new = draw(logits[:, 0], index + 1)
+        return (new, cache), new
 
-    _, out = jax.lax.scan(step, (first, cache), jnp.arange(sampling.max_new_tokens))
-    return out.T
+    _, rest = jax.lax.scan(step, (first, cache), jnp.arange(sampling.max_new_tokens - 1))
+    return jnp.concatenate([first[:, None], rest.T], axis=1)
 
 
 def _nucleus(logits: Float[Array, "B V"], top_p: float) -> Float[Array, "B V"]:

@@ -44,14 +44,7 @@ class MoE(nn.Module):
 
         `x` must be finite at padding; `Block` sees to it.
         """
-        if not self.balance:
-            raise UserError(
-                "ffn.balance is empty: name at least one rule, for example TwoPassLoadBalance("
-                "weight=0.01); Unbalanced() states that there is none"
-            )
-        names = [rule.name for rule in self.balance if rule.name]
-        if len(set(names)) < len(names):
-            raise UserError(f"ffn.balance names the same rule twice: {', '.join(names)}")
+        self._check_balance()
         states = [self._remembered(i, rule) for i, rule in enumerate(self.balance)]
         biases = [r.selection_bias(s) for r, s in zip(self.balance, states, strict=True)]
         biases = [b for b in biases if b is not None]
@@ -71,6 +64,16 @@ class MoE(nn.Module):
         for rule, state in zip(self.balance, states, strict=True):
             terms = add_terms(terms, rule.terms(routing, context, state))
         return y, terms, _statistics(routing, context, counts), carry
+
+    def _check_balance(self) -> None:
+        if not self.balance:
+            raise UserError(
+                "ffn.balance is empty: name at least one rule, for example TwoPassLoadBalance("
+                "weight=0.01); Unbalanced() states that there is none"
+            )
+        names = [rule.name for rule in self.balance if rule.name]
+        if len(set(names)) < len(names):
+            raise UserError(f"ffn.balance has a rule twice among {', '.join(names)}: keep one")
 
     def _remembered(self, index: int, rule: Rule) -> dict[str, Array]:
         """The rule's remembered arrays, kept in the collection `router_state`."""

@@ -82,7 +82,10 @@ def segments(layers: Sequence[Layer]) -> list[Segment]:
 def init(
     layout: Sequence[Segment], key: Array, x: Array, context: Context
 ) -> dict[str, dict[str, Any]]:
-    """Stacked variables {collection: {segment name: {...: [count, ...]}}} for every layer."""
+    """Stacked variables `{collection: {segment name: {...: [count, ...]}}}` for every layer.
+
+    The layers run on `x` only to learn their shapes; that work is dead code to the compiler.
+    """
     variables: dict[str, dict[str, Any]] = {}
     for segment in layout:
         for member, (name, layer) in enumerate(zip(segment.names, segment.layers, strict=True)):
@@ -91,7 +94,8 @@ def init(
                 own = context.replace(layer_index=index, window=layer.window)
                 return layer.block.init(jax.random.fold_in(key, index), x, own)
 
-            stacked = jax.vmap(init_layer)(jnp.asarray(segment.indices(member)))
+            # A loop, not vmap: under some random generators vmap draws other numbers.
+            stacked = jax.lax.map(init_layer, jnp.asarray(segment.indices(member)))
             stacked = nn.meta.add_axis(stacked, 0, {nn.meta.PARTITION_NAME: "layers"})
             for collection, tree in stacked.items():
                 variables.setdefault(collection, {})[name] = tree
@@ -108,7 +112,17 @@ def apply(
     remat: str,
     unroll: int,
 ) -> tuple[Array, Terms, Stats, dict[str, Any]]:
-    """Runs every segment. Returns (x, terms summed over layers, stats per name, new cache)."""
+    """Runs every segment. Returns (x, terms summed over layers, stats per name, new cache).
+
+    Args:
+      layout: from `segments`.
+      variables: from `init`; those of other names are ignored.
+      x: embeddings `[B, S, D]`.
+      context: of the whole model; each layer gets its own index, window, key, loads and carry.
+      loads: share of choices per expert `{segment name: [count, E]}`, or None.
+      remat: a name in `REMAT_POLICIES`.
+      unroll: units of layers per scan iteration.
+    """
     terms: Terms = {}
     stats: Stats = {}
     cache: dict[str, Any] = {}

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moejax.errors import UserError
-from moejax.layers.norm import RMSNorm
 from moejax.models import stack
 from moejax.models.block import Block
 from moejax.models.moe import MoE
 from moejax.types import Context, Stats, Terms, at_least_f32
 
 Variables = dict[str, Any]
+_DTYPES = ("float32", "bfloat16", "float64")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,13 +52,15 @@ class Transformer:
       dense_ffn: the feed-forward of dense layers, where the pattern below has any.
       first_k_dense: the first so many layers are dense (DeepSeek).
       moe_every: of the rest, every n-th is MoE, the last of each n (Qwen's decoder_sparse_step).
-      windows: sliding windows in positions, cycled over the layers; None is full attention.
+      windows: sliding windows in positions, cycled over the layers; None is full attention. A
+        window of W sees the token itself and the W - 1 before it (as Hugging Face counts).
       max_length: longest sequence the model accepts, None for no limit.
       tied_head: the head is the transposed embedding.
       embed_scale: multiplies the embeddings (Gemma: sqrt(D)).
       embed_init, head_init: initialisers of the embedding `[V, D]` and the head `[D, V]`.
       logit_soft_cap: c in c * tanh(logits / c), or None.
-      dtype: of activations and matmuls. param_dtype: of stored parameters.
+      dtype: of activations and matmuls. param_dtype: of stored parameters. Router, softmax,
+        norms, logits and router state are at least float32 whatever these say.
       remat: a name in `stack.REMAT_POLICIES`. unroll: layers per scan iteration (speed only).
       vocab_size: V; left None in a config, the experiment sets it from its tokenizer.
     """
@@ -86,8 +88,19 @@ class Transformer:
         if self.remat not in stack.REMAT_POLICIES:
             known = ", ".join(stack.REMAT_POLICIES)
             raise UserError(f"model.remat={self.remat!r} is not one of {known}")
-        if self.num_layers < 1 or self.d_model < 1 or self.unroll < 1 or self.moe_every < 1:
-            raise UserError("model.num_layers, d_model, unroll and moe_every must be at least 1")
+        for name in ("num_layers", "d_model", "unroll", "moe_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name}={getattr(self, name)} must be at least 1")
+        for name in ("dtype", "param_dtype"):
+            if getattr(self, name) not in _DTYPES:
+                raise UserError(
+                    f"model.{name}={getattr(self, name)!r} is not one of {', '.join(_DTYPES)}"
+                )
+        if not self.windows or any(w is not None and w < 1 for w in self.windows):
+            raise UserError(
+                f"model.windows={self.windows} must name a window of at least 1 position, or None "
+                "for full attention, for one layer or more"
+            )
         if any(self._is_dense(i) for i in range(self.num_layers)) and self.dense_ffn is None:
             raise UserError(
                 f"model.first_k_dense={self.first_k_dense} and model.moe_every={self.moe_every} "
@@ -138,7 +151,8 @@ class Transformer:
         """Fresh variables: `params`, and `router_state` where balance rules remember something.
 
         Layer l's parameters come from fold_in(fold_in(key, 0), l); embedding and head from
-        streams 1 and 2. They are drawn in float32 and stored in `param_dtype`.
+        streams 1 and 2. They are drawn in float32 and stored in `param_dtype`; router state is
+        stored in at least float32.
         """
         return nn.meta.unbox(self._init_boxed(key))
 
@@ -160,19 +174,16 @@ class Transformer:
         variables = stack.init(self.segments, layers_key, x, context)
         params = variables["params"]
         box = nn.LogicallyPartitioned
-        embedding = self.embed_init(embed_key, (self.vocab_size, self.d_model))
+        embedding = self.embed_init(embed_key, (self.vocab_size, self.d_model), jnp.float32)
         params["embed"] = {"embedding": box(embedding, ("vocab", "embed"))}
-        params["final_norm"] = self._norm.init(embed_key, x)["params"]
+        params["final_norm"] = self.block.norm.init(embed_key, x)["params"]
         if not self.tied_head:
-            head = self.head_init(head_key, (self.d_model, self.vocab_size))
+            head = self.head_init(head_key, (self.d_model, self.vocab_size), jnp.float32)
             params["head"] = {"kernel": box(head, ("embed", "vocab"))}
-        variables["params"] = jax.tree.map(lambda p: p.astype(self.param_dtype), params)
         variables.pop("cache", None)
-        return variables
-
-    @property
-    def _norm(self) -> nn.Module:
-        return self.block.norm if self.block.norm is not None else RMSNorm()
+        state_dtype = at_least_f32(self.param_dtype)
+        dtypes = {"params": jnp.dtype(self.param_dtype), "router_state": state_dtype}
+        return {c: _cast_floats(tree, dtypes.get(c, state_dtype)) for c, tree in variables.items()}
 
     # --- forward ----------------------------------------------------------------------------
 
@@ -192,7 +203,7 @@ class Transformer:
 
         Args:
           variables: from `init`; with a collection `cache` when decoding.
-          tokens: ids `[B, S]`, each below V.
+          tokens: ids `[B, S]`. An id of V or more gives NaN, never another token's embedding.
           segment_ids: 0 is padding; attention stays within a segment. All ones by default.
           positions: within each segment; 0, 1, 2, ... along the row by default.
           step: the optimiser step, for schedules inside layers.
@@ -208,14 +219,12 @@ class Transformer:
         context = self._context(tokens, segment_ids, positions, key=key, step=step)
         context = context.replace(decode=cache_length is not None, cache_length=cache_length)
         params = variables["params"]
-        x = params["embed"]["embedding"].astype(self.dtype)[tokens] * self.embed_scale
-        # Padding is selected to zero once, here: whatever it held cannot reach anything.
-        x = jnp.where(context.token_mask[..., None], x, 0)
-        layers = {c: {n: t for n, t in v.items() if n.startswith("layers_")} for c, v in variables.items()}
+        embedding = params["embed"]["embedding"].astype(self.dtype)
+        x = embedding.at[tokens].get(mode="fill", fill_value=jnp.nan) * self.embed_scale
         x, terms, stats, cache = stack.apply(
-            self.segments, layers, x, context, loads=loads, remat=self.remat, unroll=self.unroll
+            self.segments, variables, x, context, loads=loads, remat=self.remat, unroll=self.unroll
         )
-        x = self._norm.apply({"params": params["final_norm"]}, x)
+        x = self.block.norm.apply({"params": params["final_norm"]}, x)
         return Output(logits=self._logits(params, x), terms=terms, stats=stats, cache=cache)
 
     def _logits(self, params: Variables, x: Array) -> Array:
@@ -236,7 +245,13 @@ class Transformer:
             token_ids=tokens,
             step=jnp.asarray(step, jnp.int32),
             key=key,
+            router_carry=self._initial_carry(tokens.size),
         )
+
+    def _initial_carry(self, num_tokens: int) -> Any:
+        """What the first MoE layer's router gets from "the layer before", if routers hand on."""
+        router = getattr(self.moe, "router", None)
+        return router.initial_carry(num_tokens) if hasattr(router, "initial_carry") else None
 
     def _check_length(self, length: int) -> None:
         if self.max_length is not None and length > self.max_length:
@@ -261,3 +276,8 @@ class Transformer:
             update = jax.vmap(self.moe.update_router_state)
             new[name] = state | {"ffn": update(state["ffn"], stats[name])}
         return new
+
+
+def _cast_floats(tree: Any, dtype: Any) -> Any:
+    is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+    return jax.tree.map(lambda x: x.astype(dtype) if is_float(x) else x, tree)

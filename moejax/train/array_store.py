@@ -26,7 +26,8 @@ class ArrayStore:
     """One asynchronous writer and one reader of checkpoint directories."""
 
     def __init__(self, *, timeout_seconds: int):
-        logging.getLogger("absl").addFilter(_is_news)
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).addFilter(_is_news)
         _ignore_late_errors()
         self._writer = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(
@@ -108,8 +109,10 @@ def _key_implementation(like: Any) -> Any:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """False for the tracebacks that Orbax logs from its threads; `check` and `wait` raise them."""
-    return not (record.exc_info and "orbax" in record.pathname)
+    """False for what Orbax and asyncio log about a failed call, which raises its first error."""
+    text = record.getMessage()
+    leftover = "never retrieved" in text and ("orbax" in text or "tensorstore" in text)
+    return not leftover and not (record.exc_info and "orbax" in record.pathname)
 
 
 def _ignore_late_errors() -> None:

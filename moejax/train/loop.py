@@ -128,7 +128,7 @@ class _Run:
         self._health = RouterHealth(
             moe_layers=description["moe_layers"],
             k=description["k"] or 1,
-            choices_per_step=tokens_per_step * experiment.log_every * (description["k"] or 1),
+            choices_per_step=tokens_per_step * (description["k"] or 1),
         )
 
     def steps(self, train_step, state: TrainState, evaluator: Evaluator, *, until: int | None):

@@ -9,6 +9,7 @@ rest of that pass.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ from moejax.objectives.lm import NextToken, Result
 from moejax.optim.guard import Guard, select
 from moejax.optim.optimizer import global_norm
 from moejax.train.state import TrainState
-from moejax.types import Batch
+from moejax.types import Batch, at_least_f32
 
 Metrics = dict[str, Any]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
@@ -67,12 +68,14 @@ def make_train_step(
         return value, gradient, result
 
     def in_microbatches(state: TrainState, batch: Batch, key: Array):
-        parts = jax.tree.map(lambda x: x.reshape(num_microbatches, -1, *x.shape[1:]), batch)
+        parts = jax.tree.map(functools.partial(_split, num_microbatches=num_microbatches), batch)
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(num_microbatches))
         counts, loads = _first_pass(model, forward, state, parts, keys)
 
         def one(part):
             (value, result), gradient = grad(state.params, state, *part, counts, loads)
+            # Summed in at least float32, whatever the parameters are stored in.
+            gradient = jax.tree.map(lambda g: g.astype(at_least_f32(g.dtype)), gradient)
             return value, gradient, result
 
         shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], (parts, keys)))
@@ -114,21 +117,27 @@ def make_train_step(
     return train_step
 
 
+def _split(x: Array, *, num_microbatches: int) -> Array:
+    """`[B, ...]` to `[n, B/n, ...]`; part i takes every n-th row, so it keeps the data sharding."""
+    return x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1)
+
+
 def _first_pass(model: Transformer, forward, state: TrainState, parts: Batch, keys: Array):
     """(count of every term over the batch, share of choices per expert or None)."""
+    rules = model.moe.balance if model.moe is not None else ()
+    needs_loads = any(rule.loads == "two_pass" for rule in rules)
 
     def one(_, part):
         result = forward(state.params, state, *part, None)
         counts = {name: count for name, (_, count) in result.terms.items()}
         loads = {name: stats["load"] for name, stats in result.stats.items()}
-        return None, (counts, loads)
+        return None, (counts, loads if needs_loads else {})
 
-    _, (counts, loads) = jax.lax.scan(one, None, (parts, keys))
-    counts, loads = jax.lax.stop_gradient(jax.tree.map(lambda x: x.sum(axis=0), (counts, loads)))
-    rules = model.moe.balance if model.moe is not None else ()
-    if not any(rule.loads == "two_pass" for rule in rules):
+    _, sums = jax.lax.scan(one, None, (parts, keys))
+    counts, loads = jax.lax.stop_gradient(jax.tree.map(lambda x: x.sum(axis=0), sums))
+    if not needs_loads:
         return counts, None
-    return counts, {
-        name: load / jnp.maximum(load.sum(axis=-1, keepdims=True), 1)
-        for name, load in loads.items()
-    }
+    # Shares in the terms' dtype: a float64 run divides in float64.
+    dtype = next(iter(counts.values())).dtype
+    shares = lambda load: load / jnp.maximum(load.sum(axis=-1, keepdims=True), 1)
+    return counts, {name: shares(load.astype(dtype)) for name, load in loads.items()}

@@ -7,7 +7,12 @@ from moejax.kernels.activations import GLU_ACTIVATIONS, glu_activation
 
 @pytest.mark.parametrize(
     "gate, up, want",
-    [(1, 1, 1.69159153), (100, 100, 55.99962503), (100, -100, -41.99971877), (-2, 0.5, -0.09651207)],
+    [
+        (1, 1, 1.69159153),
+        (100, 100, 55.99962503),
+        (100, -100, -41.99971877),
+        (-2, 0.5, -0.09651207),
+    ],
 )
 def test_clamped_swiglu_has_the_constants_of_gpt_oss(gate, up, want):
     got = glu_activation("swiglu_clamped")(jnp.float32(gate), jnp.float32(up))

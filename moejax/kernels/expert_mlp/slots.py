@@ -27,11 +27,11 @@ class Slots:
       group_sizes: rows per expert.
     """
 
-    order: Int[Array, "R"]
+    order: Int[Array, " R"]
     row: Int[Array, "T K"]
-    group_sizes: Int[Array, "E"]
+    group_sizes: Int[Array, " E"]
 
-    def token(self) -> Int[Array, "R"]:
+    def token(self) -> Int[Array, " R"]:
         """The token of each row."""
         return self.order // self.row.shape[1]
 

@@ -25,7 +25,7 @@ IMPLEMENTATIONS: dict[str, ModuleType] = {"tile_scan": tile_scan, "xla": xla}
 def grouped_matmul(
     lhs: Float[Array, "R K"],
     rhs: Float[Array, "G K N"],
-    group_sizes: Int[Array, "all"],
+    group_sizes: Int[Array, " all"],
     *,
     group_offset: Int[Array, ""] | int | None = None,
     transpose_rhs: bool = False,

@@ -16,12 +16,12 @@ class LocalGroups:
     `first_row` is the Python number 0 where `rhs` holds all groups, so that nothing is moved then.
     """
 
-    sizes: Int[Array, "G"]
+    sizes: Int[Array, " G"]
     first_row: Int[Array, ""] | int
 
 
 def local_groups(
-    group_sizes: Int[Array, "all"], group_offset: Int[Array, ""] | None, num_groups: int
+    group_sizes: Int[Array, " all"], group_offset: Int[Array, ""] | None, num_groups: int
 ) -> LocalGroups:
     """Sizes and first row of groups `group_offset ... group_offset + num_groups - 1`.
 

@@ -29,7 +29,8 @@ def forward(lhs: Array, rhs: Array, groups: LocalGroups, *, transpose_rhs: bool,
 
     width = rhs.shape[1 if transpose_rhs else 2]
     out = compat.zeros((lhs.shape[0], width), dtype, like=lhs)
-    return scan_tiles(plan_tiles(groups.sizes, lhs.shape[0], first_row=groups.first_row), body, out)
+    tiles = plan_tiles(groups.sizes, lhs.shape[0], first_row=groups.first_row)
+    return scan_tiles(tiles, body, out)
 
 
 def grad_lhs(dout: Array, rhs: Array, groups: LocalGroups, *, transpose_rhs: bool, dtype) -> Array:
@@ -49,6 +50,5 @@ def grad_rhs(lhs: Array, dout: Array, groups: LocalGroups, *, transpose_rhs: boo
 
     num_groups = groups.sizes.shape[0]
     drhs = compat.zeros((num_groups, a.shape[1], b.shape[1]), acc, like=lhs)
-    return scan_tiles(
-        plan_tiles(groups.sizes, lhs.shape[0], first_row=groups.first_row), body, drhs
-    ).astype(dtype)
+    tiles = plan_tiles(groups.sizes, lhs.shape[0], first_row=groups.first_row)
+    return scan_tiles(tiles, body, drhs).astype(dtype)

@@ -1,0 +1,137 @@
+"""`moejax train` and its siblings, as a user types them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from moejax.commands import main
+
+TINY = "configs/tiny.py:smoke"
+
+
+@pytest.fixture
+def cache(tmp_path_factory, monkeypatch):
+    folder = tmp_path_factory.getbasetemp() / "moejax-cache"
+    monkeypatch.setenv("MOEJAX_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def finished(tmp_path, cache, capsys):
+    workdir = tmp_path / "run"
+    assert main(["train", TINY, f"workdir={workdir}"]) == 0
+    return workdir, capsys.readouterr().out
+
+
+def error_of(capsys, *words):
+    assert main(list(words)) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("error: ")
+    assert "Traceback" not in text
+    return text
+
+
+def test_train_then_evaluate_sample_and_report(finished, capsys):
+    workdir, out = finished
+    assert "held-out bits per byte" in out
+    for name in ("this model", "gzip -9", "xz -9"):
+        assert name in out
+    assert f"report: {workdir}" in out
+    assert (workdir / "report" / "index.html").exists()
+    assert "model.block.ffn.router.k = 2" in (workdir / "config.txt").read_text()
+
+    assert main(["evaluate", str(workdir)]) == 0
+    evaluated = capsys.readouterr().out
+    trained = next(line.split()[-1] for line in out.splitlines() if "this model" in line)
+    assert any(
+        "bits_per_byte" in line and line.split()[-1].startswith(trained)
+        for line in evaluated.splitlines()
+    )
+    words = ["sample", str(workdir), "--prompt", "def f(", "--prompt", "x", "--seed", "3"]
+    assert main([*words, "--max-new-tokens", "8"]) == 0
+    once = capsys.readouterr().out
+    assert once.startswith("def f(")
+    assert main([*words, "--max-new-tokens", "8"]) == 0
+    assert capsys.readouterr().out == once
+
+    assert main(["report", str(workdir), "--out", str(workdir / "elsewhere")]) == 0
+    assert (workdir / "elsewhere" / "index.html").exists()
+
+
+def test_a_workdir_with_another_experiment_is_refused(finished, capsys):
+    workdir, _ = finished
+    text = error_of(capsys, "train", TINY, f"workdir={workdir}", "model.block.ffn.router.k=1")
+    assert "holds another experiment (model.block.ffn.router.k: 2 -> 1)" in text
+
+
+def test_a_flipped_bit_is_noticed_and_the_checkpoint_before_is_used(tmp_path, cache, capsys):
+    workdir = tmp_path / "run"
+    words = ["train", TINY, f"workdir={workdir}", "checkpoint_every=1", "keep_last=3"]
+    assert main(words) == 0
+    newest = max((workdir / "checkpoints").glob("*"), key=lambda p: p.name)
+    data = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    capsys.readouterr()
+    assert main(words) == 0
+    events = (workdir / "metrics.jsonl").read_text()
+    assert '"step": 2' in next(line for line in events.splitlines() if '"resumed"' in line)
+    assert "step 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.block.ffn.router.k=9", "router.k=9 must be between 1 and num_experts=4"),
+        ("model.block.attention.num_kv_heads=3", "must divide"),
+        ("model.max_length=16", "longer than model.max_length=16"),
+        ("data.train.path=/nowhere", "/nowhere"),
+        ("stepz=5", "steps"),
+        ("steps=many", "steps"),
+        ("workdir=/proc/nowhere/run", "/proc/nowhere"),
+    ],
+)
+def test_bad_input_is_one_clear_sentence(tmp_path, cache, capsys, override, message):
+    swap = ["data.train=moejax.data.source:TextFiles"] if "data.train.path" in override else []
+    words = ["train", TINY, f"workdir={tmp_path / 'run'}", *swap, override]
+    assert message in error_of(capsys, *words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_checkpoints_and_the_printed_command_resumes(tmp_path, cache, number):
+    workdir = tmp_path / "run"
+    words = [TINY, f"workdir={workdir}", "steps=100000", "log_every=1", "checkpoint_every=0"]
+    environment = dict(os.environ, JAX_PLATFORMS="cpu")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moejax", "train", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+    )
+    metrics, deadline = workdir / "metrics.jsonl", time.monotonic() + 180
+    while not metrics.exists() or '"train"' not in metrics.read_text():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    assert number.name in out
+    assert f"moejax train {workdir}" in out
+    steps = [int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()]
+    resumed = subprocess.run(
+        [sys.executable, "-m", "moejax", "train", str(workdir), "--until", str(max(steps) + 1)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"stopped at step {max(steps) + 1}" in resumed.stdout

@@ -1,0 +1,173 @@
+"""The loop as a whole: resume, pauses, refused steps, roll-back, foreign data, warnings."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax.config.build import build_config
+from moejax.config.load import load_config
+from moejax.config.overrides import apply_overrides
+from moejax.errors import UserError
+from moejax.objectives.lm import NextToken
+from moejax.train.checkpoint import Checkpointer
+from moejax.train.loop import train
+from moejax.train.restore import CHECKPOINTS, load_variables, with_sharding
+from moejax.train.state import init_state
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def smoke(tmp_path, cache):
+    """Builds the smoke experiment with overrides, in a folder of its own."""
+
+    def build(name="run", *overrides):
+        fixed = [f"workdir={tmp_path / name}", f"data.cache_dir={cache}"]
+        config = apply_overrides(load_config("configs/tiny.py:smoke"), [*fixed, *overrides])
+        return build_config(config)
+
+    return build
+
+
+def final_state(experiment, step):
+    """Every leaf of a checkpoint, by path."""
+    data = experiment.prepare_data()
+    model = experiment.build_model(data.tokenizer.vocab_size)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))["params"]
+    optimizer = experiment.optimizer.build(shapes, experiment.steps)
+    fresh = jax.eval_shape(lambda: init_state(model, optimizer, experiment.guard, 0))
+    with Checkpointer(f"{experiment.workdir}/{CHECKPOINTS}") as checkpointer:
+        state = checkpointer.restore(with_sharding(fresh), step).state
+    return jax.tree_util.tree_leaves_with_path(state)
+
+
+def records(experiment):
+    with open(f"{experiment.workdir}/metrics.jsonl") as file:
+        return [json.loads(line) for line in file]
+
+
+def assert_bit_equal(left, right):
+    for (path, a), (_, b) in zip(left, right, strict=True):
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+
+
+STEPS = ("steps=6", "log_every=2", "optimizer.schedule.warmup_steps=2")
+
+
+def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(smoke):
+    whole, parts = smoke("whole", *STEPS), smoke("parts", *STEPS)
+    assert train(whole, name="whole").step == 6
+    paused = train(parts, name="parts", until=3)
+    assert (paused.step, paused.paused_by) == (3, "--until 3")
+    assert paused.results == {}
+    finished = train(parts, name="parts")
+    assert finished.paused_by is None
+    assert_bit_equal(final_state(whole, 6), final_state(parts, 6))
+    steps = [r["step"] for r in records(parts) if r["kind"] == "train"]
+    assert steps == sorted(set(steps))
+
+
+def test_a_finished_run_evaluates_again_and_trains_nothing(smoke):
+    experiment = smoke()
+    first = train(experiment, name="run")
+    again = train(experiment, name="run")
+    assert again.step == first.step == experiment.steps
+    assert again.results["eval/loss"] == first.results["eval/loss"]
+
+
+def test_results_hold_the_figures_beside_those_of_compressors(smoke):
+    results = train(smoke(), name="run").results
+    assert 0 < results["eval/bits_per_byte"] < 9  # a uniform byte model has 8.01
+    assert 0 < results["xz_bits_per_byte"] < 8
+    assert 0 < results["gzip_bits_per_byte"] < 8
+    assert results["sample"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NotFiniteAt(NextToken):
+    """Next-token prediction whose loss is NaN from step `first` up to step `last`."""
+
+    first: int
+    last: int
+
+    def __call__(self, model, variables, batch, *, step=0, **kwargs):
+        result = super().__call__(model, variables, batch, step=step, **kwargs)
+        bad = (step >= self.first) & (step <= self.last) & jnp.asarray("key" in kwargs)
+        total, count = result.terms["lm"]
+        terms = result.terms | {"lm": (jnp.where(bad, jnp.nan * total, total), count)}
+        return dataclasses.replace(result, terms=terms)
+
+
+def test_a_refused_step_changes_nothing_but_the_position(smoke):
+    experiment = smoke("nan", "steps=3", "log_every=1")
+    experiment = dataclasses.replace(experiment, objective=NotFiniteAt(first=1, last=1))
+    train(experiment, name="nan")
+    values = [r["values"] for r in records(experiment) if r["kind"] == "train"]
+    assert [v["skipped"] for v in values] == [0, 1, 1]
+    assert values[1]["loss"] == "nan"
+    assert isinstance(values[2]["loss"], float)
+
+
+def test_too_many_refusals_roll_back_and_data_go_on(smoke):
+    experiment = smoke(
+        "rollback",
+        *("steps=9", "log_every=1", "checkpoint_every=2", "guard.max_consecutive_skips=1"),
+        "keep_last=5",
+    )
+    experiment = dataclasses.replace(experiment, objective=NotFiniteAt(first=4, last=5))
+    assert train(experiment, name="rollback").step == 9
+    events = [r["values"] for r in records(experiment) if r["kind"] == "event"]
+    texts = [e["text"] for e in events if e.get("event") == "rollback"]
+    assert texts == ["rolled back to the parameters of step 4; data go on at 6"]
+
+
+def test_refusals_without_end_are_an_error_that_names_the_way_out(smoke):
+    experiment = smoke("hopeless", "steps=9", "guard.max_consecutive_skips=1")
+    experiment = dataclasses.replace(experiment, objective=NotFiniteAt(first=0, last=99))
+    with pytest.raises(UserError, match=r"2 steps up to step 2 were refused.*schedule.peak"):
+        train(experiment, name="hopeless")
+
+
+def test_other_data_than_the_checkpoints_are_refused(smoke):
+    train(smoke("data"), name="run", until=2)
+    with pytest.raises(UserError, match="trained on other data"):
+        train(smoke("data", "seed=5"), name="run")
+
+
+def test_a_collapsing_router_warns_within_100_steps(smoke):
+    experiment = smoke(
+        "collapse",
+        "steps=60",
+        "log_every=5",
+        "optimizer.schedule.warmup_steps=1",
+        # A router that starts at zero ties, and ties go to the first k experts.
+        "model.block.ffn.router.kernel_init=flax.linen.initializers:zeros",
+        "model.block.ffn.balance.0.weight=0.0",
+        "optimizer.schedule.peak=1e-5",
+    )
+    train(experiment, name="collapse")
+    warnings = [
+        r for r in records(experiment) if r["kind"] == "event" and "warning" in r["values"].values()
+    ]
+    assert warnings
+    assert warnings[0]["step"] <= 100
+    assert "layer 0" in warnings[0]["values"]["text"]
+
+
+def test_variables_come_back_without_the_optimizer(smoke):
+    experiment = smoke("load")
+    train(experiment, name="run")
+    loaded = load_variables(experiment, experiment.workdir)
+    assert loaded.step == experiment.steps
+    leaves = {jax.tree_util.keystr(p): x for p, x in final_state(experiment, experiment.steps)}
+    for path, value in jax.tree_util.tree_leaves_with_path(loaded.variables["params"]):
+        np.testing.assert_array_equal(value, leaves[".params" + jax.tree_util.keystr(path)])
