@@ -1,9 +1,9 @@
 """Times grouped_matmul and expert_mlp against dense matmuls of equal FLOPs, on this machine.
 
-Variants alternate within every round, so that a slow moment hits all of them; the table gives medians
-and minima. `ratio` is the median time over that of the dense matmuls of equal FLOPs ("dense").
+Variants alternate within every round, so that a slow moment hits all of them; the table gives
+medians and minima. `ratio` is the median time over that of the dense matmuls of equal FLOPs.
 
-    python tools/bench_kernels.py --tokens 2048 --width 256 --expert-width 256 --experts 16 --top-k 4
+    python tools/bench_kernels.py --tokens 2048 --width 256 --experts 16 --top-k 4
 
 On CPU, glibc settings that keep memory between calls change the times; set the same for everything
 you compare: MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_ARENA_MAX=1

@@ -55,9 +55,7 @@ def main() -> int:
         weights = os.path.join(folder, "weights.npz")
         workers = {"moejax": _Worker(sys.executable, "moejax", weights, args.dtype)}
         if args.peer_python:
-            workers["transformers"] = _Worker(
-                args.peer_python, "transformers", weights, args.dtype
-            )
+            workers["transformers"] = _Worker(args.peer_python, "transformers", weights, args.dtype)
         figures = _measure(workers, args.turns, args.steps)
     _report(figures, args)
     return 0
@@ -205,7 +203,9 @@ class _Moejax(_Side):
             targets=tokens[:, 1:],
             loss_mask=np.ones_like(tokens[:, 1:], bool),
             segment_ids=np.ones_like(tokens[:, 1:]),
-            positions=np.broadcast_to(np.arange(SHAPE["length"], dtype=np.int32), tokens[:, 1:].shape),
+            positions=np.broadcast_to(
+                np.arange(SHAPE["length"], dtype=np.int32), tokens[:, 1:].shape
+            ),
         )
         self._state, metrics = self._step(self._state, batch)
         total, count = metrics["terms"]["lm"]

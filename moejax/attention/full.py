@@ -197,3 +197,8 @@ def softmax_attention(
     weights = weights / jnp.where(total > 0, total, 1)
     out = jnp.einsum("bgqsm,bmgn->bsgqn", weights.astype(v.dtype), v)
     return out.reshape(batch, length, heads, head_dim)
+
+
+def example() -> FullAttention:
+    """A small instance, for the contract tests."""
+    return FullAttention(num_heads=4, num_kv_heads=2, qk_norm=RMSNorm(), use_sinks=True)

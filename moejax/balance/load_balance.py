@@ -129,3 +129,9 @@ class LaggedLoadBalance(Rule):
         load = stats["load"].astype(state["previous_share"].dtype)
         share = jnp.where(load.sum() > 0, _share(load), state["previous_share"])
         return {"previous_share": share}
+
+
+def example() -> tuple[Rule, ...]:
+    """A small instance of each, for the contract tests."""
+    kinds = (SequenceLoadBalance, ShardLoadBalance, TwoPassLoadBalance, LaggedLoadBalance)
+    return tuple(kind(weight=1e-2) for kind in kinds)

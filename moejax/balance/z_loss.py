@@ -28,3 +28,8 @@ class RouterZLoss(Rule):
         mask = context.token_mask.reshape(-1)
         square = jnp.square(jax.nn.logsumexp(routing.logits, axis=-1))
         return {self.name: (jnp.where(mask, square, 0).sum(), mask.sum().astype(square.dtype))}
+
+
+def example() -> RouterZLoss:
+    """A small instance, for the contract tests."""
+    return RouterZLoss(weight=1e-3)

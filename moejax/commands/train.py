@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from moejax.train.manifest import versions
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("moejax").setLevel(logging.INFO)  # tokenising, kernel choices
     arguments.use_compilation_cache()
     experiment = build_config(config)
     workdir = pathlib.Path(experiment.workdir)

@@ -49,3 +49,8 @@ class DenseGLU(nn.Module):
             scale = self.linear.copy(features=1, axes=("embed", None), name="shared_gate")
             y = y * jax.nn.sigmoid(scale(x, context))
         return y
+
+
+def example() -> DenseGLU:
+    """A small instance, for the contract tests."""
+    return DenseGLU(d_ff=8, gated=True)

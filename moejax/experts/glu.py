@@ -75,3 +75,8 @@ class GLU(nn.Module):
             activation=self.activation,
             implementation=self.implementation,
         )
+
+
+def example() -> GLU:
+    """A small instance, for the contract tests."""
+    return GLU(d_ff=8)

@@ -80,11 +80,11 @@ def segments(layers: Sequence[Layer]) -> list[Segment]:
 
 
 def init(
-    layout: Sequence[Segment], key: Array, x: Array, context: Context
+    layout: Sequence[Segment], key: Array, x: jax.ShapeDtypeStruct, context: Context
 ) -> dict[str, dict[str, Any]]:
     """Stacked variables `{collection: {segment name: {...: [count, ...]}}}` for every layer.
 
-    The layers run on `x` only to learn their shapes; that work is dead code to the compiler.
+    `x` `[B, S, D]` is abstract: the layers learn their shapes from it and compute nothing on it.
     """
     variables: dict[str, dict[str, Any]] = {}
     for segment in layout:
@@ -92,7 +92,8 @@ def init(
 
             def init_layer(index: Array, layer: Layer = layer) -> Any:
                 own = context.replace(layer_index=index, window=layer.window)
-                return layer.block.init(jax.random.fold_in(key, index), x, own)
+                # Lazy: what depends on x is not computed, and its kernels are not compiled.
+                return layer.block.lazy_init(jax.random.fold_in(key, index), x, own)
 
             # A loop, not vmap: under some random generators vmap draws other numbers.
             stacked = jax.lax.map(init_layer, jnp.asarray(segment.indices(member)))

@@ -168,7 +168,7 @@ class Transformer:
             raise UserError("model.vocab_size is not set: the experiment takes it from a tokenizer")
         layers_key, embed_key, head_key = (jax.random.fold_in(key, s) for s in range(3))
         # The shapes do not depend on the batch; one token is enough to trace every layer.
-        x = jnp.zeros((1, 1, self.d_model), jnp.float32)
+        x = jax.ShapeDtypeStruct((1, 1, self.d_model), jnp.float32)
         one = jnp.ones((1, 1), jnp.int32)
         context = self._context(one, one, 0 * one, key=None, step=0)
         variables = stack.init(self.segments, layers_key, x, context)
@@ -176,7 +176,7 @@ class Transformer:
         box = nn.LogicallyPartitioned
         embedding = self.embed_init(embed_key, (self.vocab_size, self.d_model), jnp.float32)
         params["embed"] = {"embedding": box(embedding, ("vocab", "embed"))}
-        params["final_norm"] = self.block.norm.init(embed_key, x)["params"]
+        params["final_norm"] = self.block.norm.lazy_init(embed_key, x)["params"]
         if not self.tied_head:
             head = self.head_init(head_key, (self.d_model, self.vocab_size), jnp.float32)
             params["head"] = {"kernel": box(head, ("embed", "vocab"))}

@@ -122,3 +122,8 @@ class TopK(nn.Module):
 def _check_choice(field: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise UserError(f"router.{field}={value!r} must be one of {', '.join(allowed)}")
+
+
+def example() -> TopK:
+    """A small instance, for the contract tests."""
+    return TopK(k=2)

@@ -93,7 +93,7 @@ def _variables(state: TrainState) -> dict[str, Any]:
 
 
 class _Run:
-    """The steps, and what surrounds them. Metrics are read one step late: the device never waits."""
+    """The steps and what surrounds them. Metrics are read one step late: the device never waits."""
 
     def __init__(
         self,

@@ -43,9 +43,7 @@ def restore_or_init(
 def with_sharding(tree: Any) -> Any:
     """Abstract leaves with the sharding to restore to."""
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), tree
-    )
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), tree)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,14 +5,12 @@ One record is `{"kind", "step", "time", "values"}`. `kind` is "run", "train", "e
 number or a nested list of numbers (arrays become lists), in events also to text.
 
 JSON has no NaN and no infinity, so they are written as the strings "nan", "inf" and "-inf";
-`read_metrics` turns those back into floats. A text value that is exactly one of the three is
-read back as a float too.
+`analysis.metrics_file.read_metrics` turns those back into floats.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import pathlib
@@ -27,8 +25,6 @@ from moejax.errors import UserError
 Record = dict[str, Any]
 KINDS = ("run", "train", "eval", "event")
 _BY_STEP = ("train", "eval")  # kinds that a resumed run writes again
-_NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-_log = logging.getLogger(__name__)
 
 
 class Writer(Protocol):
@@ -106,31 +102,6 @@ class TensorBoard:
         self._writer.close()
 
 
-def read_metrics(path: str | os.PathLike) -> list[Record]:
-    """All records of a JSON lines file, with NaN and infinities as floats.
-
-    A torn last line (a run that was killed, or that is writing) is left out; a broken line
-    elsewhere is left out with a warning that names it.
-    Raises UserError where the file is not there.
-    """
-    path = pathlib.Path(path)
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise UserError(
-            f"cannot read metrics from {path}: {error.strerror}; is this a run's directory?"
-        ) from error
-    records = []
-    for number, line in enumerate(lines[:-1], start=1):  # after the last newline: torn or empty
-        record = _parse(line)
-        if record is None:
-            _log.warning("line %d of %s is not a record and is left out", number, path)
-        else:
-            values = {name: _restored(value) for name, value in record["values"].items()}
-            records.append({**record, "values": values})
-    return records
-
-
 def _trim(path: pathlib.Path, resume_step: int | None) -> None:
     """Rewrites the file without its torn end and the steps to come; atomic, and only if needed."""
     if not path.exists():
@@ -184,18 +155,13 @@ def _named(value: Any) -> Any:
     return value
 
 
-def _restored(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_restored(v) for v in value]
-    return _NOT_FINITE.get(value, value) if isinstance(value, str) else value
-
-
 def _scalars(tag: str, value: Any) -> Iterable[tuple[str, float]]:
     if isinstance(value, str):
         return
     array = np.asarray(value, dtype=np.float64)
     if array.ndim == 0:
-        yield tag, float(array)
+        if np.isfinite(array):  # TensorBoard cannot draw the others
+            yield tag, float(array)
         return
     finite = array[np.isfinite(array)]
     if finite.size:

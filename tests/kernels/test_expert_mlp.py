@@ -262,7 +262,7 @@ def test_inside_shard_map_with_replicated_weights():
         ({"implementation": "cuda"}, "expert_mlp has no implementation 'cuda'"),
         ({"activation": "relu"}, "unknown gated activation 'relu'"),
         ({"w_down": jnp.zeros((E, D, F))}, r"needs w_down of shape \(6, 40, 24\)"),
-        ({"weights": jnp.zeros((T, K + 1))}, r"needs weights of shape \(90, 3\)"),
+        ({"weights": jnp.zeros((T, K + 1))}, r"needs weights of shape \(42, 3\)"),
         ({"experts": jnp.zeros((T, K))}, "needs integer experts"),
         ({"biases": (jnp.zeros((E, F)),) * 3}, r"needs biases.down of shape \(6, 24\)"),
     ],

@@ -104,6 +104,18 @@ def test_bfloat16_accumulates_wide_and_keeps_dtypes(implementation, case):
     assert out.dtype == dlhs.dtype == drhs.dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bfloat16_gradient_of_a_long_group_accumulates_across_tiles_in_float32(implementation):
+    """16 tiles: adding their bfloat16 parts would be off by more than the last rounding."""
+    rows = 16 * 512
+    lhs = jnp.ones((rows, 4), jnp.bfloat16)
+    dout = jnp.asarray(1 + np.random.default_rng(3).random((rows, 64)), jnp.bfloat16)
+    rhs, sizes = jnp.zeros((2, 4, 64), jnp.bfloat16), jnp.asarray([rows, 0])
+    _, _, drhs = compiled(implementation, False, False)(lhs, rhs, sizes, jnp.asarray(0), dout)
+    want = np.asarray(dout, np.float64).sum(0)
+    np.testing.assert_allclose(np.asarray(drhs[0], np.float64), [want] * 4, rtol=2**-9)
+
+
 @pytest.mark.parametrize("offset", [0, 2, 5, 7])
 @pytest.mark.parametrize("case", ["balanced", "rows left over", "empty in the middle"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -159,10 +171,7 @@ def test_float64_stays_float64(implementation):
     with jax.enable_x64(True):
         lhs, rhs, dout = operands("float64", 3, False, rows=30)
         sizes = jnp.asarray([7, 0, 20])
-        out, vjp = jax.vjp(
-            lambda a, b: grouped_matmul(a, b, sizes, implementation=implementation), lhs, rhs
-        )
-        got = (out, *vjp(dout))
+        got = compiled(implementation, False, False)(lhs, rhs, sizes, jnp.asarray(0), dout)
         want = reference.grouped_matmul(lhs, rhs, sizes)
         for a, b in zip(got, (want, *reference.gradients(lhs, rhs, sizes, dout)), strict=True):
             assert a.dtype == jnp.float64
@@ -184,10 +193,10 @@ def test_inside_scan_and_vmap(implementation):
     sizes = jnp.asarray([[10, 10, 10], [7, 0, 20]])
     call = functools.partial(grouped_matmul, lhs, rhs, implementation=implementation)
     want = np.stack([reference.grouped_matmul(lhs, rhs, s) for s in sizes])
-    scanned = jax.lax.scan(lambda c, s: (c, call(s)), 0, sizes)[1]
+    scanned = jax.jit(lambda s: jax.lax.scan(lambda c, s: (c, call(s)), 0, s)[1])(sizes)
     np.testing.assert_allclose(scanned, want, rtol=1e-4, atol=1e-4)
     if implementation == "tile_scan":  # XLA's ragged dot has no such batching rule
-        np.testing.assert_allclose(jax.vmap(call)(sizes), want, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(jax.jit(jax.vmap(call))(sizes), want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("check_vma", [True, False])

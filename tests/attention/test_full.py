@@ -1,0 +1,130 @@
+"""Causal softmax attention against a loop in numpy."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax.attention.full import FullAttention, attend, softmax_attention
+from moejax.errors import UserError
+from moejax.layers.norm import RMSNorm
+from moejax.layers.rope import Rope
+from tests.contract import make_context, quick_jit, random_variables
+
+BATCH, LENGTH, HEADS, KV_HEADS, HEAD_DIM = 2, 7, 4, 2, 3
+
+
+@pytest.fixture(scope="module")
+def qkv():
+    rng = np.random.default_rng(0)
+    draw = lambda heads: rng.standard_normal((BATCH, LENGTH, heads, HEAD_DIM)).astype(np.float32)
+    return draw(HEADS), draw(KV_HEADS), draw(KV_HEADS)
+
+
+def loop(q, k, v, *, window=None, sinks=None):
+    """One query, one head at a time."""
+    out = np.zeros(q.shape)
+    for b, i, h in np.ndindex(BATCH, LENGTH, HEADS):
+        kv = h // (HEADS // KV_HEADS)
+        first = 0 if window is None else max(0, i - window + 1)
+        keys = k[b, first : i + 1, kv].astype(np.float64)
+        weights = np.exp(keys @ q[b, i, h] / np.sqrt(HEAD_DIM))
+        total = weights.sum() + (0 if sinks is None else np.exp(sinks[h]))
+        out[b, i, h] = weights @ v[b, first : i + 1, kv] / total
+    return out
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 100])
+@pytest.mark.parametrize("query_blocks", [1, 3, 20])
+def test_equals_the_loop_whatever_the_query_blocks(qkv, window, query_blocks):
+    context = make_context(np.ones((BATCH, LENGTH), bool), window=window)
+    out = quick_jit(lambda q, k, v: attend(q, k, v, context, query_blocks=query_blocks))(*qkv)
+    np.testing.assert_allclose(out, loop(*qkv, window=window), rtol=1e-5, atol=1e-6)
+
+
+def test_sinks_take_part_of_the_attention(qkv):
+    sinks = np.array([0.0, 1.0, -2.0, 30.0], np.float32)
+    context = make_context(np.ones((BATCH, LENGTH), bool))
+    out = quick_jit(lambda q, k, v: attend(q, k, v, context, sinks=jnp.asarray(sinks)))(*qkv)
+    np.testing.assert_allclose(out, loop(*qkv, sinks=sinks), rtol=1e-5, atol=1e-6)
+
+
+def test_a_query_that_may_see_nothing_gets_zero(qkv):
+    allowed = np.ones((BATCH, LENGTH, LENGTH), bool)
+    allowed[0, 2] = False
+    out = np.asarray(quick_jit(softmax_attention)(*qkv, allowed))
+    assert (out[0, 2] == 0).all()
+    assert np.isfinite(out).all()
+
+
+def test_huge_logits_do_not_overflow(qkv):
+    q, k, v = qkv
+    context = make_context(np.ones((BATCH, LENGTH), bool))
+    assert np.isfinite(quick_jit(lambda q, k, v: attend(q, k, v, context))(1e4 * q, 1e4 * k, v)).all()
+
+
+def apply(attention, x, **context):
+    context = make_context(np.ones(x.shape[:2], bool), **context)
+    variables = random_variables(attention, x, context.replace(decode=False))
+    run = lambda v, x, c: attention.apply(v, x, c, mutable=["cache"])[0]
+    return variables["params"], np.asarray(quick_jit(run)(variables, x, context))
+
+
+def test_layer_equals_its_parts():
+    """Projections, norm over all heads, RoPE, loop, output projection."""
+    x = np.random.default_rng(1).standard_normal((BATCH, LENGTH, 8)).astype(np.float32)
+    attention = FullAttention(
+        num_heads=HEADS,
+        num_kv_heads=KV_HEADS,
+        head_dim=4,
+        rope=Rope(fraction=0.5),
+        qk_norm=RMSNorm(num_axes=2),
+        use_bias=True,
+        use_output_bias=True,
+    )
+    params, y = apply(attention, x)
+    p = {name: {k: np.asarray(v) for k, v in leaf.items()} for name, leaf in params.items()}
+    positions = jnp.broadcast_to(jnp.arange(LENGTH), (BATCH, LENGTH))
+
+    def project(name, heads):
+        z = x @ p[name]["kernel"] + p[name]["bias"]
+        if name != "value":
+            z = z / np.sqrt(np.square(z).mean(-1, keepdims=True) + 1e-6)
+            z = z * p[f"{name}_norm"]["scale"]
+        z = z.reshape(BATCH, LENGTH, heads, 4)
+        return z if name == "value" else np.asarray(Rope(fraction=0.5)(jnp.asarray(z), positions))
+
+    q, k, v = project("query", HEADS), project("key", KV_HEADS), project("value", KV_HEADS)
+    out = np.zeros(q.shape)
+    for b, i, h in np.ndindex(BATCH, LENGTH, HEADS):
+        weights = np.exp(k[b, : i + 1, h // 2] @ q[b, i, h] / 2)
+        out[b, i, h] = weights / weights.sum() @ v[b, : i + 1, h // 2]
+    expected = out.reshape(BATCH, LENGTH, -1) @ p["output"]["kernel"] + p["output"]["bias"]
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_position_without_a_cache_slot_gives_nan():
+    x = np.ones((1, 2, 8), np.float32)
+    attention = FullAttention(num_heads=2, num_kv_heads=1)
+    _, y = apply(attention, x, decode=True, cache_length=4, positions=jnp.array([[3, 4]]))
+    assert np.isfinite(y[0, 0]).all()
+    assert np.isnan(y[0, 1]).all()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"num_heads": 4, "num_kv_heads": 3}, "num_kv_heads=3 must divide attention.num_heads=4"),
+        ({"num_heads": 4, "num_kv_heads": 0}, "num_kv_heads=0 must divide"),
+        ({"num_heads": 3, "num_kv_heads": 1}, "num_heads=3 does not divide model.d_model=8"),
+        ({"num_heads": 2, "num_kv_heads": 2, "query_blocks": 0}, "query_blocks=0 must be at least"),
+    ],
+)
+def test_bad_options_are_one_clear_sentence(options, message):
+    with pytest.raises(UserError, match=message):
+        apply(FullAttention(**options), np.ones((1, 2, 8), np.float32))
+
+
+def test_a_cache_too_short_says_so():
+    with pytest.raises(UserError, match="5 positions do not fit into a cache of 4 slots"):
+        x = np.ones((1, 5, 8), np.float32)
+        apply(FullAttention(num_heads=2, num_kv_heads=1), x, decode=True, cache_length=4)

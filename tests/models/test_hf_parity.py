@@ -1,0 +1,116 @@
+"""Six families of transformers, tiny and random: the same weights give the same logits."""
+
+import json
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax.attention.full import FullAttention
+from moejax.balance.loss_free import LossFreeBias
+from moejax.balance.unbalanced import Unbalanced
+from moejax.experts.dense import DenseGLU
+from moejax.experts.glu import GLU
+from moejax.layers.norm import RMSNorm
+from moejax.layers.rope import Rope, YarnScaling
+from moejax.models.block import Block
+from moejax.models.moe import MoE
+from moejax.models.transformer import Transformer
+from moejax.routers.topk import TopK
+from moejax.transport.local import Local
+from tests.contract import quick_jit
+
+GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
+GRID = 32  # the golden files store multiples of 1/32
+
+
+def _model(attention, *, router=None, epsilon=1e-6, moe=None, **options):
+    heads = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8} | attention
+    layer = {"experts": GLU(d_ff=8), "balance": (Unbalanced(),)} | (moe or {})
+    ffn = MoE(num_experts=4, router=router or TopK(k=2), transport=Local(), **layer)
+    norm = RMSNorm(epsilon=epsilon)
+    block = Block(attention=FullAttention(**heads), ffn=ffn, norm=norm)
+    return Transformer(num_layers=2, d_model=16, vocab_size=24, block=block, **options)
+
+
+MODELS = {
+    "mixtral": _model({"rope": Rope(theta=1e6)}, epsilon=1e-5, windows=(5,)),
+    "olmoe": _model(
+        {
+            "num_kv_heads": 4,
+            "head_dim": None,
+            "qk_norm": RMSNorm(epsilon=1e-5, num_axes=2),
+        },
+        router=TopK(k=2, normalise="before"),
+        epsilon=1e-5,
+    ),
+    "qwen2_moe": _model(
+        {"use_bias": True},
+        router=TopK(k=2, normalise="before"),
+        moe={"shared": DenseGLU(d_ff=12, gated=True)},
+    ),
+    "qwen3_moe": _model({"qk_norm": RMSNorm()}, moe_every=2, dense_ffn=DenseGLU(d_ff=12)),
+    "glm4_moe": _model(
+        {"qk_norm": RMSNorm(epsilon=1e-5), "rope": Rope(fraction=0.5)},
+        router=TopK(k=2, score="sigmoid", scale=2.5, num_groups=2, num_groups_kept=1),
+        moe={"shared": DenseGLU(d_ff=8), "balance": (LossFreeBias(),)},
+        epsilon=1e-5,
+        first_k_dense=1,
+        dense_ffn=DenseGLU(d_ff=12),
+    ),
+    "gpt_oss": _model(
+        {
+            "use_bias": True,
+            "use_output_bias": True,
+            "use_sinks": True,
+            "rope": Rope(
+                theta=150_000.0,
+                scaling=YarnScaling(factor=32.0, original_context=64, truncate=False),
+            ),
+        },
+        router=TopK(k=2, use_bias=True),
+        moe={"experts": GLU(d_ff=8, activation="swiglu_clamped", use_bias=True)},
+        epsilon=1e-5,
+        windows=(5, None),
+    ),
+}
+
+
+def _variables(model: Transformer, golden) -> dict:
+    """Golden parameters, layer by layer, stacked as the model's segments want them."""
+    flat, start = {}, 0
+    for path, shape in json.loads(str(golden["layout"])).items():
+        size = int(np.prod(shape))
+        flat[path] = golden["params"][start : start + size].reshape(shape) / np.float32(GRID)
+        start += size
+    variables = {"params": {}}
+    for path in ("embed/embedding", "final_norm/scale", "head/kernel"):
+        _put(variables["params"], path, flat.pop(path))
+    for segment in model.segments:
+        for member, name in enumerate(segment.names):
+            layers = segment.indices(member)
+            for path in [p.split("/", 1)[1] for p in flat if p.startswith(f"{layers[0]}/")]:
+                value = np.stack([flat[f"{layer}/{path}"] for layer in layers])
+                if path == "ffn/correction_bias":
+                    state = {"ffn": {"balance_0_correction_bias": value}}
+                    variables["router_state"] = {name: state}
+                else:
+                    _put(variables["params"], f"{name}/{path}", value)
+    return variables
+
+
+def _put(tree: dict, path: str, value: np.ndarray) -> None:
+    *parents, leaf = path.split("/")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+    tree[leaf] = value
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_equal_transformers(name):
+    golden, model = np.load(GOLDEN / f"{name}.npz"), MODELS[name]
+    variables = _variables(model, golden)
+    logits = quick_jit(lambda v, t: model.apply(v, t).logits)(variables, golden["tokens"])
+    np.testing.assert_allclose(logits, golden["logits"], atol=1e-5, rtol=1e-5)
+    assert jnp.std(logits) > 0.5  # large enough for the tolerance to mean something

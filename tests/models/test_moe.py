@@ -1,0 +1,145 @@
+"""The MoE layer: what it adds up, and that padding reaches nothing."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import moejax.routers
+from moejax.balance.load_balance import (
+    LaggedLoadBalance,
+    SequenceLoadBalance,
+    ShardLoadBalance,
+    TwoPassLoadBalance,
+)
+from moejax.balance.loss_free import LossFreeBias
+from moejax.balance.unbalanced import Unbalanced
+from moejax.balance.z_loss import RouterZLoss
+from moejax.errors import UserError
+from moejax.models.block import Block
+from moejax.routers.topk import TopK
+from tests.contract import make_context, methods, quick_jit, random_variables
+from tests.models.tiny_model import attention, moe
+
+MASK = np.array([[True] * 5, [True] * 3 + [False] * 2])
+SEGMENTS = np.array([[1, 1, 2, 2, 2], [1, 1, 1, 0, 0]])
+RULES = (
+    SequenceLoadBalance(weight=1.0),
+    ShardLoadBalance(weight=1.0),
+    TwoPassLoadBalance(weight=1.0),
+    LaggedLoadBalance(weight=1.0),
+    RouterZLoss(weight=1.0),
+    LossFreeBias(),
+)
+
+
+class Case:
+    """A block around one router with every rule at once; `run` gives its outputs and gradients."""
+
+    def __init__(self, router):
+        block = Block(attention=attention(), ffn=moe(router=router, balance=RULES))
+        self.context = make_context(MASK, segment_ids=SEGMENTS)
+        if hasattr(router, "initial_carry"):
+            self.context = self.context.replace(router_carry=router.initial_carry(MASK.size))
+        self.x = np.random.default_rng(0).standard_normal((*MASK.shape, 16)).astype(np.float32)
+        self.variables = random_variables(block, self.x, self.context)
+
+        def loss(params, state, x):
+            y, terms, stats, _ = block.apply({"params": params, **state}, x, self.context)
+            total = jnp.sum(jnp.where(MASK[..., None], jnp.sin(y), 0))
+            return total + sum(s / c for s, c in terms.values()), (y, terms, stats)
+
+        self._grad = quick_jit(jax.value_and_grad(loss, argnums=(0, 2), has_aux=True))
+
+    def run(self, x):
+        """((y, terms, stats), gradients of parameters and x)."""
+        state = {k: v for k, v in self.variables.items() if k != "params"}
+        (_, aux), gradients = self._grad(self.variables["params"], state, x)
+        return aux, gradients
+
+
+@pytest.fixture(scope="module", params=methods(moejax.routers))
+def case(request):
+    return Case(request.param)
+
+
+def test_nan_in_padding_changes_no_output_term_statistic_or_gradient(case):
+    (y, terms, stats), gradients = case.run(case.x)
+    nan = np.where(MASK[..., None], case.x, np.nan).astype(np.float32)
+    (y2, terms2, stats2), gradients2 = case.run(nan)
+    np.testing.assert_array_equal(np.asarray(y)[MASK], np.asarray(y2)[MASK])
+    jax.tree.map(np.testing.assert_array_equal, (terms, stats), (terms2, stats2))
+    jax.tree.map(np.testing.assert_array_equal, gradients, gradients2)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
+
+
+def test_statistics_count_real_tokens(case):
+    (_, _, stats), _ = case.run(case.x)
+    assert stats["tokens"] == MASK.sum()
+    assert stats["load"].sum() + stats["dropped"] <= 2 * MASK.sum()
+    assert 0 <= stats["entropy"] / MASK.sum() <= np.log(4)
+    assert stats["dropped"] == 0
+
+
+def test_topk_uses_every_slot_and_entropy_is_in_nats():
+    case = Case(TopK(k=2))
+    params = dict(case.variables["params"])
+    params["ffn"] = params["ffn"] | {"router": {"kernel": jnp.zeros((16, 4))}}
+    case.variables = case.variables | {
+        "params": params,
+        "router_state": jax.tree.map(jnp.zeros_like, case.variables["router_state"]),
+    }
+    (_, _, stats), _ = case.run(case.x)
+    np.testing.assert_array_equal(stats["load"], [MASK.sum(), MASK.sum(), 0, 0])  # ties: lower id
+    assert stats["entropy"] == pytest.approx(MASK.sum() * np.log(4), rel=1e-6)
+
+
+def build(layer, x=np.zeros((1, 2, 16), np.float32)):
+    context = make_context(np.ones(x.shape[:2], bool))
+    return jax.eval_shape(lambda: layer.init(jax.random.key(0), x, context))
+
+
+def test_balancing_must_be_stated_once():
+    with pytest.raises(UserError, match="ffn.balance is empty"):
+        build(moe(balance=()))
+    with pytest.raises(UserError, match="has a rule twice among router_z, router_z"):
+        build(moe(balance=(RouterZLoss(weight=1.0), RouterZLoss(weight=2.0))))
+    assert "router_state" not in build(moe(balance=(Unbalanced(),)))
+
+
+def test_extras_may_not_shadow_the_layers_statistics():
+    class Loud(TopK):
+        def __call__(self, x, context):
+            routing, carry = super().__call__(x, context)
+            return dataclasses.replace(routing, extras={"load": jnp.zeros(4)}), carry
+
+    with pytest.raises(ValueError, match="names of the layer: load"):
+        build(moe(router=Loud(k=2)))
+
+
+def test_extras_reach_the_statistics_but_log_prob_does_not():
+    class Chatty(TopK):
+        def __call__(self, x, context):
+            routing, carry = super().__call__(x, context)
+            extras = {"margin": (jnp.ones(()), jnp.ones(())), "log_prob": routing.logits}
+            return dataclasses.replace(routing, extras=extras), carry
+
+    x = np.zeros((1, 2, 16), np.float32)
+    context = make_context(np.ones((1, 2), bool))
+    layer = moe(router=Chatty(k=2))
+    stats = jax.eval_shape(lambda: layer.init_with_output(jax.random.key(0), x, context)[0][2])
+    assert "margin" in stats
+    assert "log_prob" not in stats
+
+
+def test_update_changes_each_rules_own_state_only():
+    layer = moe(balance=(LossFreeBias(rate=1.0), LaggedLoadBalance(weight=1.0)))
+    state = {
+        "balance_0_correction_bias": jnp.zeros(4),
+        "balance_1_previous_share": jnp.full(4, 0.25),
+    }
+    new = layer.update_router_state(state, {"load": jnp.array([4, 0, 0, 0])})
+    np.testing.assert_array_equal(new["balance_0_correction_bias"], [-1, 1, 1, 1])
+    np.testing.assert_array_equal(new["balance_1_previous_share"], [1, 0, 0, 0])

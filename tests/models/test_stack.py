@@ -1,0 +1,151 @@
+"""Grouping layers changes neither initial values nor results; every per-layer input arrives."""
+
+import itertools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax.models import stack
+from moejax.types import mean
+from tests.contract import make_context, quick_jit
+
+NUM_LAYERS, D_MODEL = 6, 4
+X = np.random.default_rng(0).standard_normal((1, 3, D_MODEL)).astype(np.float32)
+CONTEXT = make_context(np.ones((1, 3), bool)).replace(router_carry=jnp.zeros((3,)))
+
+
+class Toy(nn.Module):
+    """Uses everything a layer may be given: window, key, loads, index and the router's carry."""
+
+    @nn.compact
+    def __call__(self, x, context):
+        init = nn.with_logical_partitioning(nn.initializers.normal(0.5), ("embed", None))
+        kernel = self.param("kernel", init, (x.shape[-1], x.shape[-1]), jnp.float32)
+        state = self.variable("router_state", "offset", lambda: jnp.zeros((), jnp.float32))
+        y = jnp.tanh(x @ kernel) + 0.1 * (context.window or 0) + state.value
+        if context.key is not None:
+            y = y + 0.1 * jax.random.normal(context.key, x.shape)
+        if context.loads is not None:
+            y = y + context.loads.sum()
+        carry = 0.5 * context.router_carry + y.reshape(3, -1).sum(-1)
+        terms = {"toy": (jnp.sum(y * context.layer_index), jnp.float32(3))}
+        stats = {"index": context.layer_index, "seen": context.router_carry.sum()}
+        return x + y + 0.01 * carry.reshape(1, 3, 1), terms, stats, carry
+
+
+def layers_of(windows):
+    return [stack.Layer(block=Toy(), kind=(w,), window=w) for w in windows]
+
+
+def one_by_one(layers):
+    return [stack.Segment(i, 1, (layer,)) for i, layer in enumerate(layers)]
+
+
+LAYERS = layers_of([4, None, 4, None, 4, None])
+LAYOUTS = {"scanned": stack.segments(LAYERS), "segmented": one_by_one(LAYERS)}
+
+
+def by_layer(layout, trees):
+    """{layer: its own tree} from trees stacked by segment name."""
+    out = {}
+    for segment in layout:
+        for member, name in enumerate(segment.names):
+            for row, index in enumerate(segment.indices(member)):
+                out[index] = jax.tree.map(lambda a, row=row: np.asarray(a[row]), trees[name])
+    return [out[i] for i in range(len(out))]
+
+
+def init(layout):
+    x = jax.ShapeDtypeStruct(X.shape, X.dtype)
+    return quick_jit(lambda key: nn.meta.unbox(stack.init(layout, key, x, CONTEXT)))(
+        jax.random.key(3)
+    )
+
+
+@pytest.fixture(scope="module")
+def variables():
+    return {name: init(layout) for name, layout in LAYOUTS.items()}
+
+
+def run(layout, variables, *, unroll=1, remat="none"):
+    context = CONTEXT.replace(key=jax.random.key(5))
+    share = np.linspace(0, 1, NUM_LAYERS)
+    loads = {
+        name: jnp.asarray([[share[i]] for i in segment.indices(member)], jnp.float32)
+        for segment in layout
+        for member, name in enumerate(segment.names)
+    }
+    return stack.apply(
+        layout, variables, jnp.asarray(X), context, loads=loads, remat=remat, unroll=unroll
+    )
+
+
+def kinds(text):
+    return [stack.Layer(block=None, kind=(c,), window=None) for c in text]
+
+
+@pytest.mark.parametrize(
+    "pattern, expected",
+    [
+        ("AAAA", [(0, 4, 1)]),
+        ("DAAAA", [(0, 1, 1), (1, 4, 1)]),
+        ("ABABAB", [(0, 3, 2)]),
+        ("DDABABABA", [(0, 2, 1), (2, 3, 2), (8, 1, 1)]),
+        ("ABC", [(0, 1, 1), (1, 1, 1), (2, 1, 1)]),
+        ("AABAAB", [(0, 2, 3)]),
+    ],
+)
+def test_like_layers_are_grouped_into_few_runs(pattern, expected):
+    layout = stack.segments(kinds(pattern))
+    assert [(s.start, s.count, len(s.layers)) for s in layout] == expected
+    members = itertools.chain.from_iterable(
+        [(i, s.layers[j].kind) for j in range(len(s.layers)) for i in s.indices(j)] for s in layout
+    )
+    assert sorted(members) == [(i, (c,)) for i, c in enumerate(pattern)]
+
+
+def test_initial_values_do_not_depend_on_the_grouping(variables):
+    scanned, segmented = (by_layer(LAYOUTS[n], variables[n]["params"]) for n in LAYOUTS)
+    for a, b in zip(scanned, segmented, strict=True):
+        np.testing.assert_array_equal(a["kernel"], b["kernel"])
+    assert len({float(layer["kernel"][0, 0]) for layer in scanned}) == NUM_LAYERS
+
+
+@pytest.mark.parametrize("unroll", [1, 2, 8])
+def test_results_do_not_depend_on_the_grouping(variables, unroll):
+    reference = quick_jit(lambda v: run(LAYOUTS["segmented"], v))(variables["segmented"])
+    layout = LAYOUTS["scanned"]
+    x, terms, stats, _ = quick_jit(lambda v: run(layout, v, unroll=unroll))(variables["scanned"])
+    np.testing.assert_allclose(x, reference[0], rtol=1e-5)
+    np.testing.assert_allclose(mean(terms["toy"]), mean(reference[1]["toy"]), rtol=1e-5)
+    ours, theirs = by_layer(layout, stats), by_layer(LAYOUTS["segmented"], reference[2])
+    assert [s["index"] for s in ours] == list(range(NUM_LAYERS))
+    np.testing.assert_allclose([s["seen"] for s in ours], [s["seen"] for s in theirs], rtol=1e-5)
+    assert ours[0]["seen"] == 0
+    assert ours[1]["seen"] != 0
+
+
+@pytest.mark.parametrize("remat", [r for r in stack.REMAT_POLICIES if r != "none"])
+def test_remat_changes_neither_values_nor_gradients(variables, remat):
+    def value_and_grad(remat):
+        loss = lambda p, v: jnp.sum(
+            jnp.sin(run(LAYOUTS["scanned"], v | {"params": p}, remat=remat)[0])
+        )
+        own = variables["scanned"]
+        return quick_jit(jax.value_and_grad(loss))(own["params"], own)
+
+    plain, saved = value_and_grad("none"), value_and_grad(remat)
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(saved), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6)
+
+
+def test_full_remat_computes_the_layers_again_in_the_backward_pass(variables):
+    def num_tanh(remat):
+        loss = lambda v: jnp.sum(run(LAYOUTS["scanned"], v, remat=remat)[0])
+        return str(jax.make_jaxpr(jax.grad(loss))(variables["scanned"])).count("= tanh ")
+
+    assert num_tanh("none") == 2  # the scan body has two members
+    assert num_tanh("full") == 4

@@ -1,0 +1,305 @@
+"""Writes the fixtures of tests/golden/ from Hugging Face transformers (extra `bench`).
+
+    python tools/update_golden.py
+
+Inverse frequencies of every RoPE scaling rule, the selections and weights of six routers, and the
+logits of six tiny random models with their parameters in moejax's layout. Weights are stored as
+integers on a grid, so the fixtures are small and exact. Running it again changes nothing
+unless transformers changed; commit what it writes together with what you learnt about why.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import pathlib
+
+import numpy as np
+import torch
+import transformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
+from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
+from transformers.models.olmoe.modeling_olmoe import OlmoeTopKRouter
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
+
+GOLDEN = pathlib.Path(__file__).resolve().parent.parent / "tests" / "golden"
+GRID = 32  # stored integers of the models are this many times the value
+ROUTER_GRID = 4096  # finer, so that no two experts tie
+
+_LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_YARN = {"rope_type": "yarn", "original_max_position_embeddings": 4096}
+
+ROPE = {  # name: (head_dim, parameters as in a checkpoint's config.json)
+    "default": (16, {"rope_type": "default", "rope_theta": 10_000.0}),
+    "partial": (
+        16,
+        {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5},
+    ),
+    "linear": (16, {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}),
+    "llama3": (
+        64,
+        {"rope_type": "llama3", "rope_theta": 500_000.0, **_LLAMA3}
+        | {"original_max_position_embeddings": 8192},
+    ),
+    "yarn": (64, _YARN | {"rope_theta": 10_000.0, "factor": 40.0}),
+    "yarn_not_truncated": (
+        64,
+        _YARN | {"rope_theta": 10_000.0, "factor": 40.0, "truncate": False},
+    ),
+    "deepseek_v3": (
+        64,
+        _YARN | {"rope_theta": 10_000.0, "factor": 40.0, "mscale": 1.0, "mscale_all_dim": 0.5},
+    ),
+    "stated_factor": (
+        64,
+        _YARN | {"rope_theta": 10_000.0, "factor": 4.0, "attention_factor": 1.25},
+    ),
+    "gpt_oss": (
+        64,
+        _YARN | {"rope_theta": 150_000.0, "factor": 32.0, "truncate": False},
+    ),
+}
+
+
+def rope_goldens() -> dict:
+    """{name: parameters, head_dim, inverse frequencies and attention factor}."""
+    out = {}
+    for name, (head_dim, parameters) in ROPE.items():
+        config = transformers.LlamaConfig(
+            hidden_size=4 * head_dim,
+            num_attention_heads=4,
+            head_dim=head_dim,
+            max_position_embeddings=131_072,
+            rope_parameters=dict(parameters),
+        )
+        if parameters["rope_type"] == "default":
+            embedding = transformers.models.glm4_moe.modeling_glm4_moe.Glm4MoeRotaryEmbedding
+            inverse, factor = embedding.compute_default_rope_parameters(config)
+        else:
+            inverse, factor = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, "cpu")
+        out[name] = {
+            "head_dim": head_dim,
+            "parameters": parameters,
+            "inverse_frequencies": [float(f"{v:.9g}") for v in inverse.tolist()],
+            "attention_factor": factor,
+        }
+    return out
+
+
+def _draw(rng, shape, std, *, mean=0.0, grid=GRID, dtype=np.int8) -> np.ndarray:
+    """Normal values as integers, `grid` to one."""
+    values = np.rint(grid * (mean + std * rng.standard_normal(shape)))
+    limits = np.iinfo(dtype)
+    return np.clip(values, limits.min, limits.max).astype(dtype)
+
+
+def router_goldens() -> dict[str, np.ndarray]:
+    """{<router>/<x, kernel, bias, correction, dense>}; `dense` is the weight of each expert, [T, E]."""
+    sizes = {"hidden_size": 8, "num_experts_per_tok": 3, "num_attention_heads": 4}
+    routers = {
+        "mixtral": MixtralTopKRouter(transformers.MixtralConfig(num_local_experts=8, **sizes)),
+        "olmoe": OlmoeTopKRouter(transformers.OlmoeConfig(num_experts=8, **sizes)),
+        "qwen3_moe": Qwen3MoeTopKRouter(
+            transformers.Qwen3MoeConfig(num_experts=8, norm_topk_prob=True, **sizes)
+        ),
+        "deepseek_v2": DeepseekV2TopkRouter(
+            transformers.DeepseekV2Config(
+                n_routed_experts=8,
+                topk_method="group_limited_greedy",
+                n_group=4,
+                topk_group=2,
+                routed_scaling_factor=16.0,
+                **sizes,
+            )
+        ),
+        "deepseek_v3": DeepseekV3TopkRouter(
+            transformers.DeepseekV3Config(
+                n_routed_experts=8, n_group=4, topk_group=2, routed_scaling_factor=2.5, **sizes
+            )
+        ),
+        "gpt_oss": GptOssTopKRouter(transformers.GptOssConfig(num_local_experts=8, **sizes)),
+    }
+    out = {}
+    for seed, (name, router) in enumerate(routers.items()):
+        rng = np.random.default_rng(seed)
+        draw = functools.partial(_draw, rng, grid=ROUTER_GRID, dtype=np.int16)
+        stored = {"x": draw((24, 8), 1.0), "kernel": draw((8, 8), 0.5)}
+        value = lambda key, s=stored: torch.from_numpy(s[key] / np.float32(ROUTER_GRID))
+        with torch.no_grad():
+            router.weight.copy_(value("kernel").T)
+            if hasattr(router, "bias"):
+                stored["bias"] = draw((8,), 0.5)
+                router.bias.copy_(value("bias"))
+            if hasattr(router, "e_score_correction_bias"):
+                stored["correction"] = draw((8,), 0.2)
+                router.e_score_correction_bias.copy_(value("correction"))
+            _, weights, experts = router(value("x"))
+        dense = torch.zeros(24, 8).scatter_(1, experts, weights)
+        out |= {f"{name}/{key}": value for key, value in (stored | {"dense": dense}).items()}
+    return {key: np.asarray(value) for key, value in out.items()}
+
+
+_TINY = {
+    "vocab_size": 24,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "num_experts_per_tok": 2,
+    "attn_implementation": "eager",
+    "tie_word_embeddings": False,
+}
+_NARROW = {"intermediate_size": 12, "moe_intermediate_size": 8}
+
+
+def model_configs() -> dict[str, transformers.PretrainedConfig]:
+    """Six families that between them use every option of the model."""
+    return {
+        "mixtral": transformers.MixtralConfig(
+            **_TINY, intermediate_size=8, num_local_experts=4, sliding_window=5
+        ),
+        "olmoe": transformers.OlmoeConfig(
+            **{k: v for k, v in _TINY.items() if k != "head_dim"} | {"num_key_value_heads": 4},
+            intermediate_size=8,
+            num_experts=4,
+        ),
+        "qwen2_moe": transformers.Qwen2MoeConfig(
+            **_TINY, **_NARROW, shared_expert_intermediate_size=12, num_experts=4
+        ),
+        "qwen3_moe": transformers.Qwen3MoeConfig(
+            **_TINY, **_NARROW, num_experts=4, norm_topk_prob=True, decoder_sparse_step=2
+        ),
+        "glm4_moe": transformers.Glm4MoeConfig(
+            **_TINY,
+            **_NARROW,
+            n_routed_experts=4,
+            n_shared_experts=1,
+            n_group=2,
+            topk_group=1,
+            first_k_dense_replace=1,
+            use_qk_norm=True,
+            routed_scaling_factor=2.5,
+        ),
+        "gpt_oss": transformers.GptOssConfig(
+            **_TINY,
+            intermediate_size=8,
+            num_local_experts=4,
+            sliding_window=5,
+            eos_token_id=None,
+            rope_parameters={
+                "rope_type": "yarn",
+                "rope_theta": 150_000.0,
+                "factor": 32.0,
+                "truncate": False,
+                "original_max_position_embeddings": 64,
+            },
+        ),
+    }
+
+
+def model_goldens(name: str, config: transformers.PretrainedConfig, seed: int) -> dict:
+    """Tokens, logits, and parameters by moejax path with the layer's index in front.
+
+    One array holds all parameters, in the order of `layout`: {path: shape}.
+    """
+    rng = np.random.default_rng(100 + seed)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    stored = {}
+    for key, value in model.state_dict().items():
+        norm = "norm" in key
+        std = 0.1 if norm else 0.3 if "bias" in key or "sinks" in key else 1 / math.sqrt(16)
+        if "embed_tokens" in key:
+            std = 1.0
+        stored[key] = _draw(rng, tuple(value.shape), std, mean=1.0 if norm else 0.0)
+    model.load_state_dict({k: torch.from_numpy(v / np.float32(GRID)) for k, v in stored.items()})
+    tokens = rng.integers(0, config.vocab_size, (2, 12))
+    with torch.no_grad():
+        logits = model(torch.from_numpy(tokens)).logits.numpy()
+    params = {
+        "embed/embedding": stored.pop("model.embed_tokens.weight"),
+        "final_norm/scale": stored.pop("model.norm.weight"),
+        "head/kernel": stored.pop("lm_head.weight").T,
+    }
+    for key, value in stored.items():
+        _, _, index, path = key.split(".", 3)
+        params |= {f"{index}/{p}": v for p, v in _converted(path, value, name).items()}
+    return {
+        "tokens": tokens.astype(np.int32),
+        "logits": logits,
+        "layout": json.dumps({key: value.shape for key, value in params.items()}),
+        "params": np.concatenate([value.ravel() for value in params.values()]),
+    }
+
+
+_PROJECTIONS = {
+    "q_proj": "query",
+    "k_proj": "key",
+    "v_proj": "value",
+    "o_proj": "output",
+    "q_norm": "query_norm",
+    "k_norm": "key_norm",
+    "gate_proj": "gate",
+    "up_proj": "up",
+    "down_proj": "down",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+_PARENTS = {
+    "self_attn": "attention",
+    "mlp": "ffn",
+    "gate": "router",
+    "shared_expert": "shared",
+    "shared_experts": "shared",
+}
+
+
+def _converted(path: str, value: np.ndarray, name: str) -> dict[str, np.ndarray]:
+    """{moejax path within the layer: array} for one Hugging Face leaf."""
+    *parents, leaf = path.split(".")
+    if parents[-1] == "experts":
+        return _experts(leaf, value, interleaved=name == "gpt_oss")
+    if leaf == "e_score_correction_bias":
+        return {"ffn/correction_bias": value}
+    if parents[-1] == "shared_expert_gate":
+        return {"ffn/shared/shared_gate/kernel": value.T}
+    if leaf == "sinks":
+        return {"attention/sinks": value}
+    parts = [_PROJECTIONS.get(p, _PARENTS.get(p, p)) for p in parents]
+    if leaf == "weight":
+        leaf = "scale" if "norm" in parents[-1] else "kernel"
+    return {"/".join([*parts, leaf]): value.T if value.ndim == 2 else value}
+
+
+def _experts(leaf: str, value: np.ndarray, *, interleaved: bool) -> dict[str, np.ndarray]:
+    """Splits gate and up, and puts the input axis before the output axis."""
+    suffix = "_bias" if leaf.endswith("_bias") else ""
+    if not interleaved:
+        value = value.swapaxes(1, 2)  # [E, in, out]
+    if leaf.startswith("down"):
+        return {f"ffn/experts/down{suffix}": value}
+    if interleaved:
+        gate, up = value[..., ::2], value[..., 1::2]
+    else:
+        gate, up = np.split(value, 2, axis=-1)
+    return {f"ffn/experts/gate{suffix}": gate, f"ffn/experts/up{suffix}": up}
+
+
+def main() -> None:
+    """Writes every fixture and says how large each is."""
+    GOLDEN.mkdir(exist_ok=True)
+    (GOLDEN / "rope.json").write_text(json.dumps(rope_goldens(), indent=1) + "\n")
+    np.savez_compressed(GOLDEN / "routers.npz", **router_goldens())
+    for seed, (name, config) in enumerate(model_configs().items()):
+        np.savez_compressed(GOLDEN / f"{name}.npz", **model_goldens(name, config, seed))
+    for path in sorted(GOLDEN.iterdir()):
+        print(f"{path.name:20} {path.stat().st_size:7} bytes")
+
+
+if __name__ == "__main__":
+    main()
