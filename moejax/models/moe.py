@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -77,10 +78,12 @@ class MoE(nn.Module):
 
     def _remembered(self, index: int, rule: Rule) -> dict[str, Array]:
         """The rule's remembered arrays, kept in the collection `router_state`."""
-        initial = rule.state(self.num_experts)
+        initial = functools.partial(rule.state, self.num_experts)
         return {
-            key: self.variable("router_state", f"balance_{index}_{key}", lambda v=value: v).value
-            for key, value in initial.items()
+            key: self.variable(
+                "router_state", f"balance_{index}_{key}", lambda key=key: initial()[key]
+            ).value
+            for key in jax.eval_shape(initial)
         }
 
     def update_router_state(self, state: dict[str, Array], stats: Stats) -> dict[str, Array]:

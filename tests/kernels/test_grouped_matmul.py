@@ -113,7 +113,8 @@ def test_bfloat16_gradient_of_a_long_group_accumulates_across_tiles_in_float32(i
     rhs, sizes = jnp.zeros((2, 4, 64), jnp.bfloat16), jnp.asarray([rows, 0])
     _, _, drhs = compiled(implementation, False, False)(lhs, rhs, sizes, jnp.asarray(0), dout)
     want = np.asarray(dout, np.float64).sum(0)
-    np.testing.assert_allclose(np.asarray(drhs[0], np.float64), [want] * 4, rtol=2**-9)
+    half_a_unit = 32  # in the last place of a bfloat16 between 8192 and 16384
+    np.testing.assert_allclose(np.asarray(drhs[0], np.float64), [want] * 4, 0, half_a_unit + 1)
 
 
 @pytest.mark.parametrize("offset", [0, 2, 5, 7])

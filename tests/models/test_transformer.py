@@ -29,8 +29,8 @@ A, B = 4, 3  # lengths of two documents
 
 @pytest.fixture(scope="module")
 def windowed():
-    """A model with every kind of layer, its variables and its compiled forward pass."""
-    model = tiny(num_layers=4, windows=(3, None), first_k_dense=1, dense_ffn=DenseGLU(d_ff=6))
+    """One dense layer, then twice (full, window), with variables and a compiled forward pass."""
+    model = tiny(num_layers=5, windows=(3, None), first_k_dense=1, dense_ffn=DenseGLU(d_ff=6))
     run = quick_jit(
         lambda v, t, segments, positions: model.apply(
             v, t, segment_ids=segments, positions=positions
@@ -97,7 +97,7 @@ def test_an_id_outside_the_vocabulary_gives_nan_not_another_token(windowed, pack
     ids[0, 1] = VOCAB
     logits = np.asarray(run(variables, ids, segments, positions).logits)
     assert np.isnan(logits[0, 1]).all()
-    assert np.isfinite(logits[0, 0]).all()
+    assert np.isfinite(logits[1:]).all()
 
 
 def test_decoding_ragged_prompts_equals_the_full_pass(windowed):
@@ -142,10 +142,10 @@ def test_unrolling_changes_nothing(windowed, packed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", ["full", "dots", "dots_without_batch"])
-def test_remat_changes_neither_loss_nor_gradients(remat):
+def test_remat_changes_neither_loss_nor_gradients():
+    """With the hand-written gradient of the experts; all policies: test_stack.py."""
     with jax.enable_x64(True):
-        model = as_float64(tiny())
+        model = as_float64(tiny(ffn=moe(shared=None)))
         variables = random_model_variables(model)
         state = {"router_state": variables["router_state"]}
 
@@ -159,9 +159,10 @@ def test_remat_changes_neither_loss_nor_gradients(remat):
 
             return quick_jit(jax.value_and_grad(loss))(variables["params"])
 
-        plain, other = value_and_grad("none"), value_and_grad(remat)
-    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(other), strict=True):
+        plain, full, dots = (value_and_grad(remat) for remat in ("none", "full", "dots"))
+    for a, b, c in zip(*map(jax.tree.leaves, (plain, full, dots)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(a, c, rtol=1e-10, atol=1e-12)
 
 
 def test_tied_head_and_soft_cap():
@@ -174,7 +175,7 @@ def test_tied_head_and_soft_cap():
     embedding = variables["params"]["embed"]["embedding"]
     head = {"head": {"kernel": embedding.T}}
     untied = run(dense(), variables | {"params": variables["params"] | head})
-    np.testing.assert_allclose(logits, untied, rtol=1e-6)
+    np.testing.assert_allclose(logits, untied, rtol=1e-5, atol=1e-6)
     capped = run(dataclasses.replace(model, logit_soft_cap=2.0), variables)
     np.testing.assert_allclose(capped, 2 * np.tanh(logits / 2), rtol=1e-5, atol=1e-6)
     scaled = run(dataclasses.replace(model, embed_scale=0.5), variables)

@@ -1,0 +1,110 @@
+"""Sampling: greedy equals arg-max of the full pass; draws depend on the seed and nothing else."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax.errors import UserError
+from moejax.models.generate import Sampling, _nucleus, generate
+from tests.contract import quick_jit
+from tests.models.tiny_model import VOCAB, dense, moe, random_model_variables, tiny, tokens
+
+PROMPTS = [np.array([3, 1, 4, 1]), np.array([5])]
+RANDOM = Sampling(max_new_tokens=12, temperature=1.0, top_p=0.9)
+
+
+@pytest.fixture(scope="module")
+def quick():
+    model = dense()
+    return model, random_model_variables(model)
+
+
+def test_greedy_is_the_argmax_of_the_full_pass():
+    model = tiny(num_layers=1, windows=(2,), ffn=moe(shared=None))
+    variables = random_model_variables(model)
+    new = generate(model, variables, PROMPTS, Sampling(max_new_tokens=4, temperature=0.0))
+    for prompt, continuation in zip(PROMPTS, new, strict=True):
+        whole = np.concatenate([prompt, continuation])
+        whole = np.pad(whole, (0, 8 - len(whole)))[None]
+        logits = quick_jit(lambda v, t: model.apply(v, t).logits)(variables, whole)
+        expected = np.argmax(logits[0], axis=-1)[len(prompt) - 1 :][:4]
+        np.testing.assert_array_equal(continuation, expected)
+
+
+def test_draws_depend_on_the_seed_and_not_on_the_other_prompts(quick):
+    one = generate(*quick, PROMPTS, RANDOM, seed=1)
+    np.testing.assert_array_equal(one, generate(*quick, PROMPTS, RANDOM, seed=1))
+    assert (np.asarray(one) != generate(*quick, PROMPTS, RANDOM, seed=2)).any()
+    others = [PROMPTS[0], np.array([7, 8, 9, 10])]
+    np.testing.assert_array_equal(one[0], generate(*quick, others, RANDOM, seed=1)[0])
+    assert (one[0] != one[1]).any()
+
+
+def test_a_tiny_top_p_is_greedy(quick):
+    greedy = generate(*quick, PROMPTS, Sampling(max_new_tokens=12, temperature=0.0))
+    narrow = Sampling(max_new_tokens=12, temperature=1.0, top_p=1e-6)
+    np.testing.assert_array_equal(generate(*quick, PROMPTS, narrow), greedy)
+
+
+def test_the_stop_id_and_what_follows_is_cut(quick):
+    whole = generate(*quick, PROMPTS, RANDOM, seed=1)
+    stop = int(whole[0][5])
+    cut = generate(*quick, PROMPTS, RANDOM, seed=1, stop_id=stop)
+    first = int(np.argmax(whole[0] == stop))
+    np.testing.assert_array_equal(cut[0], whole[0][:first])
+    never = next(i for i in range(VOCAB) if i not in np.concatenate(whole))
+    uncut = generate(*quick, PROMPTS, RANDOM, seed=1, stop_id=never)
+    np.testing.assert_array_equal(np.asarray(uncut), whole)
+
+
+def test_one_new_token(quick):
+    new = generate(*quick, PROMPTS, Sampling(max_new_tokens=1, temperature=0.0))
+    assert [len(row) for row in new] == [1, 1]
+
+
+def test_nucleus_keeps_the_smallest_set_that_reaches_top_p():
+    logits = jnp.log(jnp.array([[0.1, 0.5, 0.05, 0.35]]))
+    kept = lambda top_p: np.isfinite(_nucleus(logits, top_p))[0].tolist()
+    assert kept(0.4) == [False, True, False, False]
+    assert kept(0.6) == [False, True, False, True]
+    assert kept(0.9) == [True, True, False, True]
+    assert kept(1.0) == [True] * 4
+
+
+def test_draws_follow_the_distribution():
+    """Temperature 2 halves the logits: frequencies over many rows match their softmax."""
+    model = dense()
+    variables = random_model_variables(model)
+    prompts = [np.array([3])] * 800
+    sampling = Sampling(max_new_tokens=1, temperature=2.0, top_p=1.0)
+    drawn = np.concatenate(generate(model, variables, prompts, sampling))
+    logits = quick_jit(lambda v: model.apply(v, jnp.array([[3]])).logits)(variables)[0, 0]
+    expected = np.asarray(jax.nn.softmax(logits / 2))
+    frequency = np.bincount(drawn, minlength=VOCAB) / len(drawn)
+    assert np.abs(frequency - expected).max() < 4 * np.sqrt(0.25 / len(drawn))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        ({"temperature": -0.1}, "temperature=-0.1 must be 0 or more"),
+        ({"top_p": 0.0}, "top_p=0.0 must be above 0"),
+        ({"top_p": 1.5}, "top_p=1.5 must be above 0 and at most 1"),
+    ],
+)
+def test_bad_options_are_one_clear_sentence(options, message):
+    with pytest.raises(UserError, match=message):
+        Sampling(**options)
+
+
+def test_bad_prompts_are_one_clear_sentence(quick):
+    for prompts in ([], [np.array([1]), np.array([], int)]):
+        with pytest.raises(UserError, match="every prompt at least one token"):
+            generate(*quick, prompts, RANDOM)
+    with pytest.raises(UserError, match="ids from 1 to 24; the model knows 0 to 23"):
+        generate(*quick, [np.array([1, VOCAB])], RANDOM)
+    model = dense(max_length=8)
+    with pytest.raises(UserError, match="13 tokens is longer than model.max_length=8"):
+        generate(model, quick[1], [tokens((1,))], RANDOM)

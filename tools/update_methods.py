@@ -1,0 +1,56 @@
+"""Writes the README's table of methods from the first docstring line of every method's file.
+
+    python tools/update_methods.py            rewrites README.md
+    python tools/update_methods.py --check    exits with 1 if it would change
+"""
+
+from __future__ import annotations
+
+import ast
+import pathlib
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+FAMILIES = {
+    "routers": "router",
+    "balance": "balance",
+    "transport": "transport",
+    "experts": "experts",
+    "attention": "attention",
+}
+BEGIN = "<!-- methods: begin (tools/update_methods.py) -->\n"
+END = "<!-- methods: end -->"
+
+
+def table() -> str:
+    """One row per file: family, file, what it does."""
+    rows = ["| family | file | what it does |", "|---|---|---|"]
+    for family, label in FAMILIES.items():
+        for path in sorted((ROOT / "moejax" / family).glob("*.py")):
+            if path.name in ("__init__.py", "rule.py"):
+                continue
+            doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+            first = doc.split("\n", 1)[0].rstrip(".:")
+            rows.append(f"| {label} | `moejax/{family}/{path.name}` | {first} |")
+    return "\n".join(rows) + "\n"
+
+
+def updated(readme: str) -> str:
+    """`readme` with a fresh table between the two markers."""
+    before, _, rest = readme.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return before + BEGIN + table() + END + after
+
+
+def main() -> int:
+    path = ROOT / "README.md"
+    old = path.read_text(encoding="utf-8")
+    new = updated(old)
+    if "--check" in sys.argv[1:]:
+        return int(new != old)
+    path.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
