@@ -30,38 +30,23 @@ GOLDEN = pathlib.Path(__file__).resolve().parent.parent / "tests" / "golden"
 GRID = 32  # stored integers of the models are this many times the value
 ROUTER_GRID = 4096  # finer, so that no two experts tie
 
-_LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-_YARN = {"rope_type": "yarn", "original_max_position_embeddings": 4096}
+_DEFAULT = {"rope_type": "default", "rope_theta": 10_000.0}
+_LLAMA3 = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0}
+_LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_LLAMA3 |= {"original_max_position_embeddings": 8192}
+_YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 40.0}
+_YARN |= {"original_max_position_embeddings": 4096}
 
 ROPE = {  # name: (head_dim, parameters as in a checkpoint's config.json)
-    "default": (16, {"rope_type": "default", "rope_theta": 10_000.0}),
-    "partial": (
-        16,
-        {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5},
-    ),
+    "default": (16, _DEFAULT),
+    "partial": (16, _DEFAULT | {"partial_rotary_factor": 0.5}),
     "linear": (16, {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}),
-    "llama3": (
-        64,
-        {"rope_type": "llama3", "rope_theta": 500_000.0, **_LLAMA3}
-        | {"original_max_position_embeddings": 8192},
-    ),
-    "yarn": (64, _YARN | {"rope_theta": 10_000.0, "factor": 40.0}),
-    "yarn_not_truncated": (
-        64,
-        _YARN | {"rope_theta": 10_000.0, "factor": 40.0, "truncate": False},
-    ),
-    "deepseek_v3": (
-        64,
-        _YARN | {"rope_theta": 10_000.0, "factor": 40.0, "mscale": 1.0, "mscale_all_dim": 0.5},
-    ),
-    "stated_factor": (
-        64,
-        _YARN | {"rope_theta": 10_000.0, "factor": 4.0, "attention_factor": 1.25},
-    ),
-    "gpt_oss": (
-        64,
-        _YARN | {"rope_theta": 150_000.0, "factor": 32.0, "truncate": False},
-    ),
+    "llama3": (64, _LLAMA3),
+    "yarn": (64, _YARN),
+    "yarn_not_truncated": (64, _YARN | {"truncate": False}),
+    "deepseek_v3": (64, _YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}),
+    "stated_factor": (64, _YARN | {"factor": 4.0, "attention_factor": 1.25}),
+    "gpt_oss": (64, _YARN | {"rope_theta": 150_000.0, "factor": 32.0, "truncate": False}),
 }
 
 
@@ -98,7 +83,7 @@ def _draw(rng, shape, std, *, mean=0.0, grid=GRID, dtype=np.int8) -> np.ndarray:
 
 
 def router_goldens() -> dict[str, np.ndarray]:
-    """{<router>/<x, kernel, bias, correction, dense>}; `dense` is the weight of each expert, [T, E]."""
+    """{<router>/<x, kernel, bias, correction, dense>}; `dense` is the weight per expert [T, E]."""
     sizes = {"hidden_size": 8, "num_experts_per_tok": 3, "num_attention_heads": 4}
     routers = {
         "mixtral": MixtralTopKRouter(transformers.MixtralConfig(num_local_experts=8, **sizes)),

@@ -64,8 +64,9 @@ class FullAttention(nn.Module):
         head_dim = self._head_dim(d_model)
 
         def project(name: str, heads: int) -> Array:
+            features, axes = heads * head_dim, ("embed", "heads")
             linear = self.linear.copy(
-                features=heads * head_dim, use_bias=self.use_bias, axes=("embed", "heads"), name=name
+                features=features, use_bias=self.use_bias, axes=axes, name=name
             )
             y = linear(x, context).reshape(batch, length, heads, head_dim)
             if self.qk_norm is None or name == "value":
@@ -179,24 +180,29 @@ def softmax_attention(
     `sinks` are logits of one more key per head, whose value is 0.
     """
     batch, length, heads, head_dim = q.shape
-    kv_heads = k.shape[2]
-    dtype = at_least_f32(q.dtype)
-    q = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-    logits = jnp.einsum("bsgqn,bmgn->bgqsm", q, k, preferred_element_type=dtype)
-    logits = logits * (1.0 / math.sqrt(head_dim))
+    kv_heads, dtype = k.shape[2], at_least_f32(q.dtype)
+    # Heads lead and the queries of one group are rows of one product, so that the products write
+    # the large [.., S, M] arrays in the order in which they are read.
+    q = q.reshape(batch, length, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
+    rows = q.reshape(batch, kv_heads, -1, head_dim) * (1.0 / math.sqrt(head_dim))
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, Hkv, M, N]
+    logits = jnp.einsum("bgrn,bgmn->bgrm", rows, k, preferred_element_type=dtype)
+    logits = logits.reshape(*q.shape[:-1], -1)  # [B, Hkv, H/Hkv, S, M]
     logits = jnp.where(allowed[:, None, None], logits, -jnp.inf)
     peak = logits.max(-1, keepdims=True)
     if sinks is not None:
-        sinks = sinks.astype(dtype).reshape(kv_heads, -1, 1, 1)  # [Hkv, H/Hkv, S, M]
+        sinks = sinks.astype(dtype).reshape(kv_heads, -1, 1, 1)
         peak = jnp.maximum(peak, sinks)
     peak = jax.lax.stop_gradient(jnp.where(peak == -jnp.inf, 0, peak))
     weights = jnp.exp(logits - peak)
     total = weights.sum(-1, keepdims=True)
     if sinks is not None:
         total = total + jnp.exp(sinks - peak)
-    weights = weights / jnp.where(total > 0, total, 1)
-    out = jnp.einsum("bgqsm,bmgn->bsgqn", weights.astype(v.dtype), v)
-    return out.reshape(batch, length, heads, head_dim)
+    weights = weights.astype(v.dtype).reshape(batch, kv_heads, -1, v.shape[2])
+    out = jnp.einsum("bgrm,bgmn->bgrn", weights, v, preferred_element_type=dtype)
+    # Dividing [.., S, N] rather than [.., S, M] is the same and touches less.
+    out = out.reshape(q.shape) / jnp.where(total > 0, total, 1)
+    return out.astype(v.dtype).transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
 
 
 def example() -> FullAttention:

@@ -35,9 +35,7 @@ def _share(counts: Float[Array, "... E"]) -> Float[Array, "... E"]:
     return counts / jnp.where(total > 0, total, 1)
 
 
-def _term(
-    share: Float[Array, "... E"], probs: Float[Array, "... X E"], mask: Array
-) -> Term:
+def _term(share: Float[Array, "... E"], probs: Float[Array, "... X E"], mask: Array) -> Term:
     """(sum over tokens of E * f . p, number of tokens) with f of the token's own range."""
     per_token = probs.shape[-1] * jnp.einsum("...e,...xe->...x", share, probs)
     return jnp.where(mask, per_token, 0).sum(), mask.sum().astype(probs.dtype)

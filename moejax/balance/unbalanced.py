@@ -1,4 +1,4 @@
-"""No balancing, said out loud: a model has to state its balancing, and this is how to state none."""
+"""No balancing, said out loud: a model has to state its balancing, and this states none."""
 
 from __future__ import annotations
 

@@ -44,7 +44,8 @@ class DenseGLU(nn.Module):
 
         gate = project("gate", self.d_ff, ("embed", "mlp"), x)
         up = project("up", self.d_ff, ("embed", "mlp"), x)
-        y = project("down", x.shape[-1], ("mlp", "embed"), glu_activation(self.activation)(gate, up))
+        hidden = glu_activation(self.activation)(gate, up)
+        y = project("down", x.shape[-1], ("mlp", "embed"), hidden)
         if self.gated:
             scale = self.linear.copy(features=1, axes=("embed", None), name="shared_gate")
             y = y * jax.nn.sigmoid(scale(x, context))

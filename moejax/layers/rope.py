@@ -141,8 +141,8 @@ class Rope:
         d_rotary = int(head_dim * self.fraction)
         if not 0 < d_rotary <= head_dim or d_rotary % 2:
             raise UserError(
-                f"rope.fraction={self.fraction} of a head of {head_dim} features rotates {d_rotary} "
-                f"of them: it must be an even number from 2 to {head_dim}"
+                f"rope.fraction={self.fraction} of a head of {head_dim} features rotates "
+                f"{d_rotary} of them: it must be an even number from 2 to {head_dim}"
             )
         inverse = self.theta ** -(np.arange(0, d_rotary, 2, dtype=np.float64) / d_rotary)
         if self.scaling is None:

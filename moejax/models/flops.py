@@ -1,9 +1,10 @@
 """Model FLOPs: what the mathematics of one training step needs, whatever the hardware does.
 
 6 per active matmul weight and token (2 forward, 4 backward), and for causal attention
-12 * keys * H * N per layer and token, where keys is the mean number of keys a query may see (scores
-and values, 2 each forward and 4 backward). Chowdhery et al., "PaLM", arXiv 2204.02311, appendix B, with
-the causal half not counted. Recomputation under remat is not useful work and is not counted.
+12 * keys * H * N per layer and token, where keys is the mean number of keys a query may see
+(scores and values, 2 each forward and 4 backward). Chowdhery et al., "PaLM", arXiv 2204.02311,
+appendix B, with the causal half not counted. Recomputation under remat is not useful work and is
+not counted.
 """
 
 from __future__ import annotations

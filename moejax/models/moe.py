@@ -40,7 +40,9 @@ class MoE(nn.Module):
     shared: nn.Module | None = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B S D"], context: Context) -> tuple[Array, Terms, Stats, Any]:
+    def __call__(
+        self, x: Float[Array, "B S D"], context: Context
+    ) -> tuple[Float[Array, "B S D"], Terms, Stats, Any]:
         """Returns (y, terms, stats, router carry). Padding is routed nowhere and counts nowhere.
 
         `x` must be finite at padding; `Block` sees to it.

@@ -23,9 +23,7 @@ class Result:
     stats: Stats
 
 
-jax.tree_util.register_dataclass(
-    Result, data_fields=["terms", "measures", "stats"], meta_fields=[]
-)
+jax.tree_util.register_dataclass(Result, data_fields=["terms", "measures", "stats"], meta_fields=[])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

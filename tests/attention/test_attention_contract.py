@@ -49,7 +49,7 @@ def case(request):
 
 def test_a_token_changes_itself_and_later_tokens_of_its_segment_only(case):
     for row, column in ((0, 1), (0, 4), (1, 0), (1, 4)):
-        allowed = (SEGMENTS == SEGMENTS[row, column]) & (np.arange(7) >= column)
+        allowed = np.equal(SEGMENTS, SEGMENTS[row, column]) & (np.arange(7) >= column)
         allowed[1 - row] = False
         changed = case.changed_by(row, column)
         assert changed[row, column]

@@ -59,7 +59,8 @@ def test_a_query_that_may_see_nothing_gets_zero(qkv):
 def test_huge_logits_do_not_overflow(qkv):
     q, k, v = qkv
     context = make_context(np.ones((BATCH, LENGTH), bool))
-    assert np.isfinite(quick_jit(lambda q, k, v: attend(q, k, v, context))(1e4 * q, 1e4 * k, v)).all()
+    out = quick_jit(lambda q, k, v: attend(q, k, v, context))(1e4 * q, 1e4 * k, v)
+    assert np.isfinite(out).all()
 
 
 def apply(attention, x, **context):
@@ -125,6 +126,6 @@ def test_bad_options_are_one_clear_sentence(options, message):
 
 
 def test_a_cache_too_short_says_so():
+    x = np.ones((1, 5, 8), np.float32)
     with pytest.raises(UserError, match="5 positions do not fit into a cache of 4 slots"):
-        x = np.ones((1, 5, 8), np.float32)
         apply(FullAttention(num_heads=2, num_kv_heads=1), x, decode=True, cache_length=4)

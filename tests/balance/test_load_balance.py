@@ -85,5 +85,6 @@ def test_lagged_takes_the_shares_of_the_step_before():
 
 
 def test_shards_must_divide_the_sequences():
+    rule = ShardLoadBalance(weight=1.0, num_shards=2)
     with pytest.raises(UserError, match="num_shards=2 does not divide the 3 sequences"):
-        loss(ShardLoadBalance(weight=1.0, num_shards=2), np.zeros((3, 4, 1), int), np.ones((3, 4, 8)))
+        loss(rule, np.zeros((3, 4, 1), int), np.ones((3, 4, 8)))

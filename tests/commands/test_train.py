@@ -9,6 +9,7 @@ import time
 import pytest
 
 from moejax.commands import main
+from moejax.train.checkpoint import Checkpointer
 
 TINY = "configs/tiny.py:smoke"
 
@@ -125,13 +126,14 @@ def test_a_signal_checkpoints_and_the_printed_command_resumes(tmp_path, cache, n
     assert process.returncode == 0, out
     assert number.name in out
     assert f"moejax train {workdir}" in out
-    steps = [int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()]
+    with Checkpointer(str(workdir / "checkpoints")) as checkpointer:
+        step = checkpointer.steps()[-1]
     resumed = subprocess.run(
-        [sys.executable, "-m", "moejax", "train", str(workdir), "--until", str(max(steps) + 1)],
+        [sys.executable, "-m", "moejax", "train", str(workdir), "--until", str(step + 1)],
         capture_output=True,
         text=True,
         env=environment,
         check=False,
     )
     assert resumed.returncode == 0, resumed.stderr
-    assert f"stopped at step {max(steps) + 1}" in resumed.stdout
+    assert f"stopped at step {step + 1}" in resumed.stdout

@@ -11,9 +11,7 @@ import pytest
 from moejax.errors import UserError
 from moejax.layers.rope import LinearScaling, Llama3Scaling, Rope, YarnScaling
 
-GOLDEN = json.loads(
-    (pathlib.Path(__file__).parent.parent / "golden" / "rope.json").read_text()
-)
+GOLDEN = json.loads((pathlib.Path(__file__).parent.parent / "golden" / "rope.json").read_text())
 ROPES = {
     "default": Rope(),
     "partial": Rope(fraction=0.5),

@@ -21,14 +21,15 @@ def quick():
 
 
 def test_greedy_is_the_argmax_of_the_full_pass():
-    model = tiny(num_layers=1, windows=(2,), ffn=moe(shared=None))
+    model = tiny(num_layers=1, windows=(3,), ffn=moe(shared=None))
     variables = random_model_variables(model)
-    new = generate(model, variables, PROMPTS, Sampling(max_new_tokens=4, temperature=0.0))
-    for prompt, continuation in zip(PROMPTS, new, strict=True):
+    full = quick_jit(lambda v, t: model.apply(v, t).logits)
+    prompts = [np.asarray(tokens((1 + i % 3,), seed=i)) for i in range(8)]
+    new = generate(model, variables, prompts, Sampling(max_new_tokens=6, temperature=0.0))
+    for prompt, continuation in zip(prompts, new, strict=True):
         whole = np.concatenate([prompt, continuation])
-        whole = np.pad(whole, (0, 8 - len(whole)))[None]
-        logits = quick_jit(lambda v, t: model.apply(v, t).logits)(variables, whole)
-        expected = np.argmax(logits[0], axis=-1)[len(prompt) - 1 :][:4]
+        whole = np.pad(whole, (0, 9 - len(whole)))[None]
+        expected = np.argmax(full(variables, whole)[0], axis=-1)[len(prompt) - 1 :][:6]
         np.testing.assert_array_equal(continuation, expected)
 
 
@@ -39,6 +40,15 @@ def test_draws_depend_on_the_seed_and_not_on_the_other_prompts(quick):
     others = [PROMPTS[0], np.array([7, 8, 9, 10])]
     np.testing.assert_array_equal(one[0], generate(*quick, others, RANDOM, seed=1)[0])
     assert (one[0] != one[1]).any()
+
+
+def test_every_token_is_a_draw_of_its_own(quick):
+    """With a head of zeros all logits are equal: one key for every step would repeat one token."""
+    model, variables = quick
+    head = jax.tree.map(jnp.zeros_like, variables["params"]["head"])
+    flat = variables | {"params": variables["params"] | {"head": head}}
+    for row in generate(model, flat, PROMPTS, RANDOM, seed=1):
+        assert len(set(row.tolist())) > 4
 
 
 def test_a_tiny_top_p_is_greedy(quick):

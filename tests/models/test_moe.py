@@ -19,7 +19,9 @@ from moejax.balance.unbalanced import Unbalanced
 from moejax.balance.z_loss import RouterZLoss
 from moejax.errors import UserError
 from moejax.models.block import Block
+from moejax.models.moe import without_padding
 from moejax.routers.topk import TopK
+from moejax.types import Routing
 from tests.contract import make_context, methods, quick_jit, random_variables
 from tests.models.tiny_model import attention, moe
 
@@ -84,21 +86,38 @@ def test_statistics_count_real_tokens(case):
 
 
 def test_topk_uses_every_slot_and_entropy_is_in_nats():
-    case = Case(TopK(k=2))
-    params = dict(case.variables["params"])
-    params["ffn"] = params["ffn"] | {"router": {"kernel": jnp.zeros((16, 4))}}
-    case.variables = case.variables | {
-        "params": params,
-        "router_state": jax.tree.map(jnp.zeros_like, case.variables["router_state"]),
-    }
-    (_, _, stats), _ = case.run(case.x)
-    np.testing.assert_array_equal(stats["load"], [MASK.sum(), MASK.sum(), 0, 0])  # ties: lower id
-    assert stats["entropy"] == pytest.approx(MASK.sum() * np.log(4), rel=1e-6)
+    """A router of zeros is uniform, and ties go to the lower expert."""
+    layer, context = moe(shared=None, balance=(Unbalanced(),)), make_context(MASK)
+    x = np.ones((*MASK.shape, 16), np.float32)
+    variables = random_variables(layer, x, context)
+    params = variables["params"] | {"router": {"kernel": jnp.zeros((16, 4))}}
+    _, _, stats, _ = quick_jit(lambda p: layer.apply({"params": p}, x, context))(params)
+    np.testing.assert_array_equal(stats["load"], [MASK.sum(), MASK.sum(), 0, 0])
+    assert float(stats["entropy"]) == pytest.approx(MASK.sum() * np.log(4), rel=1e-6)
 
 
-def build(layer, x=np.zeros((1, 2, 16), np.float32)):
-    context = make_context(np.ones(x.shape[:2], bool))
-    return jax.eval_shape(lambda: layer.init(jax.random.key(0), x, context))
+def test_padding_is_routed_nowhere():
+    nan = jnp.full((3, 4), jnp.nan)
+    routing = Routing(
+        experts=jnp.ones((3, 2), jnp.int32),
+        weights=nan[:, :2],
+        probs=nan,
+        logits=nan,
+        extras={},
+    )
+    routing = without_padding(routing, jnp.array([True, False, False]))
+    np.testing.assert_array_equal(routing.experts, [[1, 1], [4, 4], [4, 4]])
+    for values in (routing.weights, routing.probs, routing.logits):
+        assert np.isnan(values[0]).all()
+        np.testing.assert_array_equal(values[1:], 0)
+
+
+X = np.zeros((1, 2, 16), np.float32)
+CONTEXT = make_context(np.ones((1, 2), bool))
+
+
+def build(layer):
+    return jax.eval_shape(lambda: layer.init(jax.random.key(0), X, CONTEXT))
 
 
 def test_balancing_must_be_stated_once():
@@ -126,10 +145,8 @@ def test_extras_reach_the_statistics_but_log_prob_does_not():
             extras = {"margin": (jnp.ones(()), jnp.ones(())), "log_prob": routing.logits}
             return dataclasses.replace(routing, extras=extras), carry
 
-    x = np.zeros((1, 2, 16), np.float32)
-    context = make_context(np.ones((1, 2), bool))
     layer = moe(router=Chatty(k=2))
-    stats = jax.eval_shape(lambda: layer.init_with_output(jax.random.key(0), x, context)[0][2])
+    stats = jax.eval_shape(lambda: layer.init_with_output(jax.random.key(0), X, CONTEXT)[0][2])
     assert "margin" in stats
     assert "log_prob" not in stats
 

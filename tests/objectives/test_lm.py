@@ -23,7 +23,7 @@ class FixedModel:
     """Answers with `variables`."""
 
     def apply(self, variables, tokens, **kwargs):
-        return Output(logits=variables, terms={"aux": (jnp.ones(()), jnp.ones(()))}, stats={}, cache={})
+        return Output(logits=variables, terms={"aux": (1.0, 1.0)}, stats={}, cache={})
 
     def loss_weights(self):
         return {"aux": 0.5}

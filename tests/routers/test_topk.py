@@ -113,9 +113,7 @@ def test_selection_bias_selects_but_never_weighs_and_has_no_gradient():
     logits = np.array([[1.0, 0.5, 0.0, -1.0]], np.float32)
     bias = jnp.array([0.0, 0.0, 0.0, 1.0])
     routing = route(TopK(k=2, normalise="before"), np.eye(1, dtype=np.float32), logits)
-    biased = lambda bias: from_logits(
-        TopK(k=2, normalise="before"), logits[0], selection_bias=bias
-    )
+    biased = lambda bias: from_logits(TopK(k=2, normalise="before"), logits[0], selection_bias=bias)
     np.testing.assert_array_equal(biased(bias).experts, [[3, 0]])
     np.testing.assert_allclose(biased(bias).weights[0, 1], routing.weights[0, 0], rtol=1e-6)
     np.testing.assert_allclose(biased(bias).weights[0, 0], routing.probs[0, 3], rtol=1e-6)

@@ -41,7 +41,7 @@ def inputs():
 def expected(x, routing, weights):
     y = np.zeros_like(x)
     for t in range(NUM_TOKENS):
-        for e, g in zip(np.asarray(routing.experts)[t], np.asarray(routing.weights)[t], strict=True):
+        for e, g in zip(np.asarray(routing.experts[t]), routing.weights[t], strict=True):
             if e < NUM_EXPERTS:
                 y[t] += g * x[t] * weights[e]
     return y

@@ -1,0 +1,143 @@
+"""What a model consists of: layers, parameters, dtypes, axis names, and what it refuses."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax.errors import UserError
+from moejax.experts.dense import DenseGLU
+from tests.contract import float_dtypes, quick_jit
+from tests.models.tiny_model import as_float64, attention, dense, tiny, tokens
+
+
+def test_dtype_policies():
+    model = dataclasses.replace(tiny(), dtype="bfloat16", param_dtype="bfloat16")
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    dtypes = lambda tree: {str(leaf.dtype) for leaf in jax.tree.leaves(tree)}
+    assert dtypes(shapes["params"]) == {"bfloat16"}
+    assert dtypes(shapes["router_state"]) == {"float32"}
+    out = jax.eval_shape(model.apply, shapes, tokens((1, 4)))
+    assert out.logits.dtype == jnp.float32
+    assert dtypes(out.terms) == {"float32"}
+
+
+def test_float64_throughout():
+    with jax.enable_x64(True):
+        model = as_float64(tiny())
+        shapes = jax.eval_shape(model.init, jax.random.key(0))
+        used = float_dtypes(model.apply, shapes, tokens((1, 4)))
+    assert used == {"float64"}
+
+
+def test_init_is_drawn_in_float32_scaled_and_independent_of_x64():
+    model = dataclasses.replace(dense(), d_model=64, vocab_size=200)
+    draw = lambda: quick_jit(model.init)(jax.random.key(0))["params"]
+    params = draw()
+    assert np.std(params["embed"]["embedding"]) == pytest.approx(0.02, rel=0.05)
+    assert np.std(params["layers_0"]["attention"]["query"]["kernel"]) == pytest.approx(
+        64**-0.5, rel=0.05
+    )
+    np.testing.assert_array_equal(params["final_norm"]["scale"], 1)
+    with jax.enable_x64(True):
+        jax.tree.map(np.testing.assert_array_equal, params, draw())
+
+
+def test_logical_axes_name_every_axis_of_every_leaf():
+    model = tiny(num_layers=3, first_k_dense=1, dense_ffn=DenseGLU(d_ff=6))
+    shapes, axes = jax.eval_shape(model.init, jax.random.key(0)), model.logical_axes()
+    is_names = lambda leaf: isinstance(leaf, tuple)
+    assert jax.tree.structure(shapes) == jax.tree.structure(axes, is_leaf=is_names)
+    leaves = zip(jax.tree.leaves(shapes), jax.tree.leaves(axes, is_leaf=is_names), strict=True)
+    assert all(shape.ndim == len(names) for shape, names in leaves)
+    params = axes["params"]
+    assert params["embed"]["embedding"] == ("vocab", "embed")
+    assert params["head"]["kernel"] == ("embed", "vocab")
+    layer = params["layers_1"]
+    assert layer["attention"]["output"]["kernel"] == ("layers", "heads", "embed")
+    assert layer["ffn"]["experts"]["gate"] == ("layers", "expert", "embed", "mlp")
+
+
+@pytest.mark.parametrize(
+    "pattern, moe_layers",
+    [
+        ({"num_layers": 4}, [0, 1, 2, 3]),
+        ({"num_layers": 4, "first_k_dense": 2}, [2, 3]),
+        ({"num_layers": 6, "moe_every": 2}, [1, 3, 5]),
+        ({"num_layers": 6, "first_k_dense": 1, "moe_every": 2}, [2, 4]),
+        ({"num_layers": 2, "first_k_dense": 5}, []),
+    ],
+)
+def test_layer_patterns(pattern, moe_layers):
+    model = tiny(dense_ffn=DenseGLU(d_ff=6), **pattern)
+    assert list(model.moe_layers) == moe_layers
+    assert (model.moe is None) == (not moe_layers)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))["params"]
+    for index in range(model.num_layers):
+        name, row = model.moe_layers.get(index, (None, None))
+        if name is not None:
+            assert shapes[name]["ffn"]["experts"]["gate"].shape[0] > row
+    num_dense = sum(
+        shapes[name]["ffn"]["gate"]["kernel"].shape[0]
+        for name in shapes
+        if name.startswith("layers_") and "experts" not in shapes[name]["ffn"]
+    )
+    assert num_dense == model.num_layers - len(moe_layers)
+
+
+def test_router_state_is_updated_layer_by_layer():
+    model = tiny(num_layers=3)
+    state = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, s.dtype),
+        jax.eval_shape(model.init, jax.random.key(0))["router_state"],
+    )
+    load = jnp.array([[9, 1, 1, 1], [1, 9, 1, 1], [3, 3, 3, 3]])
+    new = model.update_router_state(state, {"layers_0": {"load": load}})
+    bias = new["layers_0"]["ffn"]["balance_1_correction_bias"]
+    np.testing.assert_allclose(
+        bias, 1e-2 * np.array([[-1, 1, 1, 1], [1, -1, 1, 1], [0, 0, 0, 0]]), rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"remat": "some"}, "model.remat='some' is not one of none, full, dots"),
+        ({"num_layers": 0}, "model.num_layers=0 must be at least 1"),
+        ({"moe_every": 0}, "model.moe_every=0 must be at least 1"),
+        ({"dtype": "float16"}, "model.dtype='float16' is not one of float32, bfloat16, float64"),
+        ({"windows": ()}, "model.windows="),
+        ({"windows": (4, 0)}, "must name a window of at least 1 position"),
+        ({"first_k_dense": 1}, "model.dense_ffn is None"),
+    ],
+)
+def test_bad_options_are_one_clear_sentence(options, message):
+    with pytest.raises(UserError, match=message):
+        tiny(**options)
+
+
+def test_a_sequence_longer_than_the_model_allows_says_so():
+    model = dense(max_length=3)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    with pytest.raises(UserError, match="4 tokens is longer than model.max_length=3"):
+        jax.eval_shape(model.apply, shapes, tokens((1, 4)))
+
+
+def test_a_model_without_a_vocabulary_says_so():
+    with pytest.raises(UserError, match="model.vocab_size is not set"):
+        dense(vocab_size=None).init(jax.random.key(0))
+
+
+def test_prototypes_are_copied_not_shared():
+    """One Linear prototype serves every projection; each has parameters of its own."""
+    linear = attention().linear
+    model = tiny(attention=attention(linear=linear), ffn=DenseGLU(d_ff=6, linear=linear))
+    params = quick_jit(model.init)(jax.random.key(0))["params"]["layers_0"]
+    kernels = [params["attention"][n]["kernel"] for n in ("key", "value")]
+    kernels += [params["ffn"][n]["kernel"] for n in ("gate", "up")]
+    first = [float(kernel[layer, 0, 0]) for kernel in kernels for layer in range(2)]
+    assert len(set(first)) == len(first)
+    assert isinstance(linear, nn.Module)
