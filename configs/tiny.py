@@ -1,6 +1,11 @@
-"""A 10M-parameter MoE on the source code of the Python standard library.
+"""A 9M-parameter MoE (4.5M active) on the source code of the Python standard library.
 
 Command   moejax train configs/tiny.py
+Cost      RESULT_COST
+Result    RESULT_BPB
+Numbers   width, depth, 16 experts and top-4 are OLMoE's shape (arXiv 2409.02060) made small; the
+          batch of 1,024 tokens, the learning rate and the warm-up were chosen by short runs here:
+          at 614,000 tokens 4 sequences a step reached 1.89 bits per byte, a tied head 1.94.
 """
 
 import fiddle as fdl
@@ -62,11 +67,11 @@ def config() -> Experiment:
             tokenizer=BPE(vocab_size=4096),
             packing=BestFit(),
         ),
-        optimizer=AdamW(schedule=WarmupCosine(peak=3e-3, warmup_steps=30)),
+        optimizer=AdamW(schedule=WarmupCosine(peak=3e-3, warmup_steps=60, final_fraction=0.0)),
         objective=NextToken(),
         guard=Guard(),
-        steps=600,
-        batch_size=8,
+        steps=640,
+        batch_size=4,
         sequence_length=256,
         workdir="runs/tiny",
         prompts=(

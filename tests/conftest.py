@@ -8,7 +8,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _FLAG = "--xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}".strip()
 
-import jax
+import jax  # noqa: E402  (after the environment is set)
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 

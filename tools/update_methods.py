@@ -1,7 +1,7 @@
 """Writes the README's table of methods from the first docstring line of every method's file.
 
-    python tools/update_methods.py            rewrites README.md
-    python tools/update_methods.py --check    exits with 1 if it would change
+python tools/update_methods.py            rewrites README.md
+python tools/update_methods.py --check    exits with 1 if it would change
 """
 
 from __future__ import annotations

@@ -76,6 +76,7 @@ class FullAttention(nn.Module):
         q = project("query", self.num_heads)
         k = project("key", self.num_kv_heads)
         v = project("value", self.num_kv_heads)
+        q, k = jax.lax.optimization_barrier((q, k))  # the norm is computed once, not per reader
         if self.rope is not None:
             q, k = self.rope(q, context.positions), self.rope(k, context.positions)
         sinks = None
@@ -132,7 +133,9 @@ class FullAttention(nn.Module):
         allowed = distance >= 0
         if context.window is not None:
             allowed &= distance < context.window
-        out = softmax_attention(q, keys.value, values.value, allowed, sinks)
+        out = heads_last(
+            softmax_attention(*heads_first(q, keys.value, values.value), allowed, sinks)
+        )
         return jnp.where(context.positions[..., None, None] < context.cache_length, out, jnp.nan)
 
 
@@ -150,44 +153,60 @@ def attend(
     Query block i only meets the keys `[first, last)` that its last query may see and its first
     query's window still reaches, so that skipped blocks cost nothing.
     """
-    length = q.shape[1]
+    length, (query, key, value) = q.shape[1], heads_first(q, k, v)
     block = math.ceil(length / query_blocks)
     outputs = []
     for start in range(0, length, block):
         stop = min(start + block, length)
         first = 0 if context.window is None else max(0, start - context.window + 1)
-        query, key = slice(start, stop), slice(first, stop)
         distance = jnp.arange(start, stop)[:, None] - jnp.arange(first, stop)[None, :]
         allowed = distance >= 0
         if context.window is not None:
             allowed &= distance < context.window
         segments = context.segment_ids
-        same = segments[:, query, None] == segments[:, None, key]  # [B, S, S']
-        out = softmax_attention(q[:, query], k[:, key], v[:, key], allowed & same, sinks)
-        outputs.append(out)
-    return jnp.concatenate(outputs, axis=1)
+        same = segments[:, start:stop, None] == segments[:, None, first:stop]  # [B, S, S']
+        keys, values = key[:, :, first:stop], value[:, :, first:stop]
+        outputs.append(
+            softmax_attention(query[..., start:stop, :], keys, values, allowed & same, sinks)
+        )
+    return heads_last(jnp.concatenate(outputs, axis=-2))
+
+
+def heads_first(
+    q: Float[Array, "B S H N"], k: Float[Array, "B M Hkv N"], v: Float[Array, "B M Hkv N"]
+) -> tuple[Array, Array, Array]:
+    """(q [B, Hkv, H/Hkv, S, N], k and v [B, Hkv, M, N]).
+
+    The barrier keeps norm and rotation of q and k from being computed again for every block of
+    queries that reads them.
+    """
+    batch, length, _, head_dim = q.shape
+    q = q.reshape(batch, length, k.shape[2], -1, head_dim).transpose(0, 2, 3, 1, 4)
+    return jax.lax.optimization_barrier((q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)))
+
+
+def heads_last(out: Float[Array, "B Hkv Q S N"]) -> Float[Array, "B S H N"]:
+    """The inverse of `heads_first` for queries."""
+    batch, _, _, length, head_dim = out.shape
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, -1, head_dim)
 
 
 def softmax_attention(
-    q: Float[Array, "B S H N"],
-    k: Float[Array, "B M Hkv N"],
-    v: Float[Array, "B M Hkv N"],
+    q: Float[Array, "B Hkv Q S N"],
+    k: Float[Array, "B Hkv M N"],
+    v: Float[Array, "B Hkv M N"],
     allowed: Bool[Array, "B S M"],
     sinks: Float[Array, "H"] | None = None,
-) -> Float[Array, "B S H N"]:
+) -> Float[Array, "B Hkv Q S N"]:
     """softmax(q k^T / sqrt(N)) v over the allowed keys; a query with none allowed gives 0.
 
-    `sinks` are logits of one more key per head, whose value is 0.
+    Q = H / Hkv queries share a key. `sinks` are logits of one more key per head, of value 0.
     """
-    batch, length, heads, head_dim = q.shape
-    kv_heads, dtype = k.shape[2], at_least_f32(q.dtype)
-    # Heads lead and the queries of one group are rows of one product, so that the products write
-    # the large [.., S, M] arrays in the order in which they are read.
-    q = q.reshape(batch, length, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
+    batch, kv_heads, _, _, head_dim = q.shape
+    dtype = at_least_f32(q.dtype)
     rows = q.reshape(batch, kv_heads, -1, head_dim) * (1.0 / math.sqrt(head_dim))
-    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, Hkv, M, N]
     logits = jnp.einsum("bgrn,bgmn->bgrm", rows, k, preferred_element_type=dtype)
-    logits = logits.reshape(*q.shape[:-1], -1)  # [B, Hkv, H/Hkv, S, M]
+    logits = logits.reshape(*q.shape[:-1], -1)  # [B, Hkv, Q, S, M]
     logits = jnp.where(allowed[:, None, None], logits, -jnp.inf)
     peak = logits.max(-1, keepdims=True)
     if sinks is not None:
@@ -201,8 +220,7 @@ def softmax_attention(
     weights = weights.astype(v.dtype).reshape(batch, kv_heads, -1, v.shape[2])
     out = jnp.einsum("bgrm,bgmn->bgrn", weights, v, preferred_element_type=dtype)
     # Dividing [.., S, N] rather than [.., S, M] is the same and touches less.
-    out = out.reshape(q.shape) / jnp.where(total > 0, total, 1)
-    return out.astype(v.dtype).transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
+    return (out.reshape(q.shape) / jnp.where(total > 0, total, 1)).astype(v.dtype)
 
 
 def example() -> FullAttention:

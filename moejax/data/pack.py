@@ -41,6 +41,8 @@ class Pieces:
 
 
 class Packing(Protocol):
+    """How documents are laid into rows."""
+
     def pack(self, lengths: np.ndarray, seq_len: int) -> Pieces:
         """Assigns predictions to rows.
 

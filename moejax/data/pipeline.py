@@ -27,6 +27,8 @@ FORMAT = 1  # of the order of rows: raise it when the same config would give oth
 
 
 class TokenizerConfig(Protocol):
+    """How to come by a tokenizer; see `tokenizer.py`."""
+
     def prepare(self, source: Source, cache_dir: str) -> Tokenizer: ...
 
 

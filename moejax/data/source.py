@@ -44,11 +44,13 @@ class Source(Protocol):
 
 
 def check_split(split: str) -> None:
+    """Raises DataError for a split that is neither "train" nor "eval"."""
     if split not in SPLITS:
         raise DataError(f"there is no split {split!r}: the splits are 'train' and 'eval'")
 
 
 def check_holdout(source: object, every: int) -> None:
+    """Raises DataError where `every` cannot leave files on both sides of the split."""
     if every < 2:
         name = type(source).__name__
         raise DataError(f"{name}.holdout_every={every} leaves nothing to train on: use 2 or more")

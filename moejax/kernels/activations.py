@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from moejax.errors import UserError
+
 GluActivation = Callable[[Array, Array], Array]
 
 _CLAMP = 7.0  # gpt-oss: gate is cut above, up on both sides
@@ -48,9 +50,9 @@ GLU_ACTIVATIONS: dict[str, GluActivation] = {
 
 
 def glu_activation(name: str) -> GluActivation:
-    """The gated activation of that name; ValueError lists the known names."""
+    """The gated activation of that name; UserError lists the known names."""
     if name not in GLU_ACTIVATIONS:
-        raise ValueError(
+        raise UserError(
             f"unknown gated activation {name!r}; use one of {', '.join(sorted(GLU_ACTIVATIONS))}"
         )
     return GLU_ACTIVATIONS[name]

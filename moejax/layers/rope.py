@@ -10,6 +10,7 @@ import dataclasses
 import math
 from typing import Protocol
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -157,7 +158,9 @@ class Rope:
         amplitude = 1.0 if self.scaling is None else self.scaling.amplitude()
         dtype = at_least_f32(x.dtype)
         angles = positions[..., None, None].astype(dtype) * jnp.asarray(inverse, dtype)
-        cos, sin = amplitude * jnp.cos(angles), amplitude * jnp.sin(angles)  # [B, S, 1, rotary/2]
+        cos, sin = amplitude * jnp.cos(angles), amplitude * jnp.sin(angles)
+        # Behind the barrier [B, S, 1, rotary/2] is computed once, and not again for every head.
+        cos, sin = jax.lax.optimization_barrier((cos, sin))
         half = inverse.shape[0]
         a, b = x[..., :half].astype(dtype), x[..., half : 2 * half].astype(dtype)
         turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moejax.errors import UserError
 from moejax.kernels.expert_mlp import IMPLEMENTATIONS, Biases, expert_mlp, reference
 
 T, D, F, E, K = 42, 24, 40, 6, 3  # 126 rows: tiles of three heights
@@ -271,5 +272,5 @@ def test_errors_name_the_condition(change, message):
     x, gate, up, down, weights, _ = parameters()
     call = {"x": x, "w_gate": gate, "w_up": up, "w_down": down, "weights": weights}
     call |= {"experts": jnp.zeros((T, K), jnp.int32)} | change
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, UserError), match=message):
         expert_mlp(**call)

@@ -67,7 +67,8 @@ def expert_mlp(
       implementation: a key of `IMPLEMENTATIONS`, or None to let `dispatch.choose` pick.
 
     Raises:
-      ValueError: shapes that do not fit, an unknown activation or implementation.
+      UserError: an unknown activation.
+      ValueError: shapes that do not fit, or an unknown implementation.
     """
     biases = None if biases is None else Biases(*biases)
     _check(x, w_gate, w_up, w_down, experts, weights, biases)
