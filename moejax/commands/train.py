@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     from moejax.train.loop import train
     from moejax.train.manifest import versions
 
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     logging.getLogger("moejax").setLevel(logging.INFO)  # tokenising, kernel choices
     arguments.use_compilation_cache()
     experiment = build_config(config)
