@@ -1,5 +1,6 @@
 """`moejax train` and its siblings, as a user types them."""
 
+import argparse
 import os
 import signal
 import subprocess
@@ -8,7 +9,8 @@ import time
 
 import pytest
 
-from moejax.commands import main
+from moejax.commands import arguments, main
+from moejax.data.tokenizer import load
 from moejax.train.checkpoint import Checkpointer
 
 TINY = "configs/tiny.py:smoke"
@@ -137,3 +139,23 @@ def test_a_signal_checkpoints_and_the_printed_command_resumes(tmp_path, cache, n
     )
     assert resumed.returncode == 0, resumed.stderr
     assert f"stopped at step {step + 1}" in resumed.stdout
+
+
+def test_tokenize_writes_the_tokenizer_that_training_uses(tmp_path, cache, capsys):
+    assert main(["tokenize", TINY, "--out", str(tmp_path / "tokenizer")]) == 0
+    out = capsys.readouterr().out
+    assert "held-out bytes" in out
+    assert load(tmp_path / "tokenizer").vocab_size == 264
+    assert "264" in out
+
+
+def test_help_shows_a_working_example(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--help"])
+    assert stopped.value.code == 0
+    out = capsys.readouterr().out
+    example = out[out.index("example:") :].split()
+    assert example[1:4] == ["moejax", "train", "configs/tiny.py"]
+    arguments.config_from(
+        argparse.Namespace(config=example[3], overrides=example[4:], trust_config=False)
+    )
