@@ -82,7 +82,7 @@ def test_the_document_is_readable():
         optax.adamw,
         toy.Top,
     ],
-    ids=repr,
+    ids=lambda v: getattr(v, "__qualname__", None) or repr(v),  # the same in every process
 )
 def test_values_come_back_exactly(value):
     config = toy.config.as_buildable()
