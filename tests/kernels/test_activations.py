@@ -2,6 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moejax.errors import UserError
 from moejax.kernels.activations import GLU_ACTIVATIONS, glu_activation
 
 
@@ -35,5 +36,5 @@ def test_zero_stays_zero(name):
 
 
 def test_unknown_name_lists_the_known():
-    with pytest.raises(ValueError, match="'relu'; use one of gelu, gelu_tanh, silu"):
+    with pytest.raises(UserError, match="'relu'; use one of gelu, gelu_tanh, silu"):
         glu_activation("relu")

@@ -121,9 +121,7 @@ def test_tensorboard(tmp_path):
         ("train/load/median", 5, 2.0),
         ("train/load/max", 5, 3.0),
     ]
-    assert found[4][0] == "eval/bits"
-    assert np.isnan(found[4][2])
-    assert len(found) == 5
+    assert len(found) == 4  # NaN cannot be drawn; the JSON lines keep it
 
 
 def test_tensorboard_in_the_way(tmp_path):
