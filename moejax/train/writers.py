@@ -76,7 +76,8 @@ class TensorBoard:
     """Writes records of kind "train" and "eval" as TensorBoard scalars named `kind/name`.
 
     A value that is not finite is left out. A list becomes three scalars over its finite elements:
-    `name/min`, `name/median`, `name/max`; JSON lines keep the whole. With `resume_step`, later points of the earlier run are hidden.
+    `name/min`, `name/median`, `name/max`; JSON lines keep the whole. With `resume_step`, later
+    points of the earlier run are hidden.
     """
 
     def __init__(self, directory: str | os.PathLike, *, resume_step: int | None = None):
