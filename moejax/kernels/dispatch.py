@@ -40,14 +40,6 @@ def choose(kernel: str, named: str | None, available: Collection[str]) -> str:
     return named
 
 
-def refuse(kernel: str, implementation: str, condition: str) -> None:
-    """Raises for a named implementation that cannot serve; `condition` is what failed."""
-    raise ValueError(
-        f"{kernel}(implementation={implementation!r}) cannot serve this call: {condition}; "
-        "use implementation=None to let it choose"
-    )
-
-
 @functools.cache  # one log line per kernel and platform
 def _default(kernel: str, platform: str) -> str:
     if platform == "tpu":

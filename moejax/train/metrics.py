@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from moejax.analysis import routing
 from moejax.models.flops import Size
 from moejax.models.transformer import Transformer
 
@@ -99,12 +100,13 @@ def router_values(model: Transformer, stats: dict[str, Any]) -> Values:
     share = loads / np.maximum(loads.sum(axis=1, keepdims=True), 1)
     tokens = np.array([max(int(row["tokens"]), 1) for row in rows])
     entropy = np.array([float(row["entropy"]) for row in rows]) / tokens
+    low, high = routing.load_percentiles(loads, (10, 90)).T
     return {
         "router/load": share.tolist(),
         "router/entropy": (entropy / math.log(max(num_experts, 2))).tolist(),
-        "router/max_vio": (num_experts * share.max(axis=1) - 1).tolist(),
-        "router/load_p10": np.percentile(num_experts * share, 10, axis=1).tolist(),
-        "router/load_p90": np.percentile(num_experts * share, 90, axis=1).tolist(),
+        "router/max_vio": routing.max_vio(loads).tolist(),
+        "router/load_p10": low.tolist(),
+        "router/load_p90": high.tolist(),
         "router/dead": (loads == 0).sum(axis=1).tolist(),
         "router/dropped": [int(row["dropped"]) for row in rows],
     }
