@@ -60,7 +60,7 @@ class Moejax(_Side):
         from moejax.optim.optimizer import AdamW
         from moejax.optim.schedule import WSD
         from moejax.train.state import init_state
-        from moejax.train.step import make_train_step
+        from moejax.train.step import jit_step, make_train_step
 
         model = _olmoe(args.dtype)
         shapes = jax.eval_shape(model.init, jax.random.key(0))["params"]
@@ -68,12 +68,10 @@ class Moejax(_Side):
         optimizer = AdamW(schedule=schedule).build(shapes, 10**6)
         token_bytes = jax.numpy.ones((SHAPE["vocab_size"],), jax.numpy.int32)
         objective, guard = NextToken(), Guard()
-        self._step = jax.jit(
-            make_train_step(
-                model, objective, optimizer, guard, num_microbatches=1, token_bytes=token_bytes
-            ),
-            donate_argnums=0,
+        step = make_train_step(
+            model, objective, optimizer, guard, num_microbatches=1, token_bytes=token_bytes
         )
+        self._step = jit_step(step)
         self._state = jax.jit(lambda: init_state(model, optimizer, guard, 0))()
         self._size = size(model, SHAPE["length"])
         _save_weights(args.weights, self._state.params)
@@ -142,27 +140,30 @@ def _olmoe(dtype: str):
         block=Block(attention=attention, ffn=ffn, norm=RMSNorm(epsilon=1e-5)),
         vocab_size=SHAPE["vocab_size"],
         dtype=dtype,
-        unroll=SHAPE["num_layers"],
+        boundaries=tuple(range(1, SHAPE["num_layers"])),
     )
 
 
 def _save_weights(path: str, params) -> None:
     """moejax's initial weights under Hugging Face's names for OLMoE, torch's orientation."""
-    layers, out = params["layers_0"], {}
-    attention, ffn = layers["attention"], layers["ffn"]
+    import jax
+
+    out = {}
     for i in range(SHAPE["num_layers"]):
+        layer = jax.tree.map(lambda x: np.asarray(x[0]), params[f"layers_{i}"])
+        attention, ffn = layer["attention"], layer["ffn"]
         prefix = f"model.layers.{i}."
         for ours, theirs in {"query": "q", "key": "k", "value": "v", "output": "o"}.items():
-            out[f"{prefix}self_attn.{theirs}_proj.weight"] = attention[ours]["kernel"][i].T
-        out[prefix + "self_attn.q_norm.weight"] = attention["query_norm"]["scale"][i]
-        out[prefix + "self_attn.k_norm.weight"] = attention["key_norm"]["scale"][i]
-        out[prefix + "input_layernorm.weight"] = layers["attention_norm"]["scale"][i]
-        out[prefix + "post_attention_layernorm.weight"] = layers["ffn_norm"]["scale"][i]
-        out[prefix + "mlp.gate.weight"] = ffn["router"]["kernel"][i].T
-        gate, up = ffn["experts"]["gate"][i], ffn["experts"]["up"][i]  # [E, D, F]
-        both = np.concatenate([np.asarray(gate), np.asarray(up)], axis=-1)
+            out[f"{prefix}self_attn.{theirs}_proj.weight"] = attention[ours]["kernel"].T
+        out[prefix + "self_attn.q_norm.weight"] = attention["query_norm"]["scale"]
+        out[prefix + "self_attn.k_norm.weight"] = attention["key_norm"]["scale"]
+        out[prefix + "input_layernorm.weight"] = layer["attention_norm"]["scale"]
+        out[prefix + "post_attention_layernorm.weight"] = layer["ffn_norm"]["scale"]
+        out[prefix + "mlp.gate.weight"] = ffn["router"]["kernel"].T
+        gate, up = ffn["experts"]["gate"], ffn["experts"]["up"]  # [E, D, F]
+        both = np.concatenate([gate, up], axis=-1)
         out[prefix + "mlp.experts.gate_up_proj"] = both.transpose(0, 2, 1)
-        out[prefix + "mlp.experts.down_proj"] = ffn["experts"]["down"][i].transpose(0, 2, 1)
+        out[prefix + "mlp.experts.down_proj"] = ffn["experts"]["down"].transpose(0, 2, 1)
     out["model.embed_tokens.weight"] = params["embed"]["embedding"]
     out["model.norm.weight"] = params["final_norm"]["scale"]
     out["lm_head.weight"] = params["head"]["kernel"].T

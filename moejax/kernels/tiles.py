@@ -24,7 +24,7 @@ Carry = TypeVar("Carry")
 
 # Ascending, by a factor of about 1.5: a matmul runs at full speed from about 256 rows on,
 # and each height costs one more compiled loop body.
-HEIGHTS = (32, 64, 96, 144, 224, 336, 512)
+HEIGHTS = (64, 128, 256, 384, 512, 640, 768, 1024)
 
 
 @jax.tree_util.register_dataclass

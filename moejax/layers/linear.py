@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax.linen import initializers
 from jaxtyping import Array, Float
 
+from moejax.kernels import compat
 from moejax.types import Context
 
 fan_in_normal = initializers.variance_scaling(1.0, "fan_in", "normal")
@@ -35,7 +36,7 @@ class Linear(nn.Module):
     def __call__(self, x: Float[Array, "... K"], context: Context) -> Float[Array, "... N"]:
         init = nn.with_logical_partitioning(self.kernel_init, self.axes)
         kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
-        y = x @ kernel.astype(x.dtype)
+        y = compat.matmul(x, kernel.astype(x.dtype))
         if self.use_bias:
             zeros = nn.with_logical_partitioning(initializers.zeros, self.axes[1:])
             y = y + self.param("bias", zeros, (self.features,), jnp.float32).astype(x.dtype)

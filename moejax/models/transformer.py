@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moejax.errors import UserError
+from moejax.kernels import compat
 from moejax.models import stack
 from moejax.models.block import Block
 from moejax.models.moe import MoE
@@ -54,6 +55,8 @@ class Transformer:
       moe_every: of the rest, every n-th is MoE, the last of each n (Qwen's decoder_sparse_step).
       windows: sliding windows in positions, cycled over the layers; None is full attention. A
         window of W sees the token itself and the W - 1 before it (as Hugging Face counts).
+      boundaries: layers at which a new run of stacked layers begins, beside those that the pattern
+        asks for. Changes how parameters are stacked, and speed, not the result.
       max_length: longest sequence the model accepts, None for no limit.
       tied_head: the head is the transposed embedding.
       embed_scale: multiplies the embeddings (Gemma: sqrt(D)).
@@ -72,6 +75,7 @@ class Transformer:
     first_k_dense: int = 0
     moe_every: int = 1
     windows: tuple[int | None, ...] = (None,)
+    boundaries: tuple[int, ...] = ()
     max_length: int | None = None
     tied_head: bool = False
     embed_scale: float = 1.0
@@ -101,6 +105,11 @@ class Transformer:
                 f"model.windows={self.windows} must name a window of at least 1 position, or None "
                 "for full attention, for one layer or more"
             )
+        if any(not 0 < boundary < self.num_layers for boundary in self.boundaries):
+            raise UserError(
+                f"model.boundaries={self.boundaries} must lie between 1 and "
+                f"model.num_layers - 1 = {self.num_layers - 1}"
+            )
         if any(self._is_dense(i) for i in range(self.num_layers)) and self.dense_ffn is None:
             raise UserError(
                 f"model.first_k_dense={self.first_k_dense} and model.moe_every={self.moe_every} "
@@ -123,7 +132,8 @@ class Transformer:
         dense = self._is_dense(index)
         window = self.windows[index % len(self.windows)]
         block = self.block.clone(ffn=self.dense_ffn) if dense else self.block
-        return stack.Layer(block=block, kind=(dense, window), window=window)
+        run = sum(boundary <= index for boundary in self.boundaries)
+        return stack.Layer(block=block, kind=(dense, window, run), window=window)
 
     @functools.cached_property
     def moe_layers(self) -> dict[int, tuple[str, int]]:
@@ -230,7 +240,7 @@ class Transformer:
     def _logits(self, params: Variables, x: Array) -> Array:
         head = params["embed"]["embedding"].T if self.tied_head else params["head"]["kernel"]
         dtype = at_least_f32(x.dtype)
-        logits = jnp.matmul(x, head.astype(x.dtype), preferred_element_type=dtype)
+        logits = compat.matmul(x, head.astype(x.dtype), preferred_element_type=dtype)
         if self.logit_soft_cap is not None:
             logits = self.logit_soft_cap * jnp.tanh(logits / self.logit_soft_cap)
         return logits

@@ -19,6 +19,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
@@ -46,10 +47,12 @@ class AdamW:
     no_decay: tuple[str, ...] | None = None
     clip_norm: float | None = 1.0
 
-    def build(self, params: Any, steps: int) -> optax.GradientTransformation:
+    def build(self, params: Any, steps: int) -> optax.GradientTransformationExtraArgs:
         """The transformation for `params` (arrays or ShapeDtypeStructs; only names are used).
 
-        Its updates are at least float32; `optax.apply_updates` rounds to the parameters' dtype.
+        `update` takes the keyword `grad_norm`, the gradient's global norm, which the step computes
+        in any case. Updates are at least float32; `optax.apply_updates` rounds to the parameters'
+        dtype.
         Raises UserError for a value out of range or a pattern that matches nothing.
         """
         self._check()
@@ -60,7 +63,7 @@ class AdamW:
             optax.scale_by_learning_rate(self.schedule.build(steps)),
         ]
         if self.clip_norm is not None:
-            parts.insert(0, optax.clip_by_global_norm(self.clip_norm))
+            parts.insert(0, _clip(self.clip_norm))
         return _in_f32(optax.chain(*parts))
 
     def _check(self) -> None:
@@ -102,10 +105,21 @@ def _cast(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.astype(at_least_f32(x.dtype)), tree)
 
 
-def _in_f32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+def _clip(max_norm: float) -> optax.GradientTransformationExtraArgs:
+    """Scales by min(1, max_norm / grad_norm); a norm that is not finite makes the update so."""
+
+    def update(updates, state, params=None, *, grad_norm, **_):
+        factor = jnp.minimum(1.0, max_norm / grad_norm)
+        return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+
+
+def _in_f32(inner: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
     """`inner` on values of at least float32, so that its state (the moments) is too."""
 
-    def update(updates, state, params=None):
-        return inner.update(_cast(updates), state, None if params is None else _cast(params))
+    def update(updates, state, params=None, **extra):
+        params = None if params is None else _cast(params)
+        return inner.update(_cast(updates), state, params, **extra)
 
-    return optax.GradientTransformation(lambda params: inner.init(_cast(params)), update)
+    return optax.GradientTransformationExtraArgs(lambda params: inner.init(_cast(params)), update)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.data.pipeline import Loaders
+from moejax.kernels import compat
 from moejax.models.transformer import Transformer
 from moejax.objectives.lm import NextToken
 from moejax.train.metrics import means
@@ -23,7 +24,7 @@ class Evaluator:
             result = objective(model, variables, batch, token_bytes=token_bytes)
             return result.terms, result.measures
 
-        self._step = jax.jit(eval_step)
+        self._step = jax.jit(eval_step, compiler_options=compat.compiler_options())
         self._data = data
 
     def run(self, variables: Any) -> dict[str, float]:

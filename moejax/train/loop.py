@@ -28,7 +28,7 @@ from moejax.train.restore import CHECKPOINTS, TOKENIZER, restore_or_init, with_s
 from moejax.train.retention import Keep
 from moejax.train.signals import StopSignal
 from moejax.train.state import TrainState, init_state
-from moejax.train.step import make_train_step
+from moejax.train.step import jit_step, make_train_step
 from moejax.train.writers import JsonLines, TensorBoard
 
 _log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def train(experiment: Experiment, *, name: str, until: int | None = None) -> Fin
         num_microbatches=experiment.num_microbatches,
         token_bytes=jnp.asarray(data.tokenizer.token_bytes()),
     )
-    train_step = jax.jit(step_function, donate_argnums=0)
+    train_step = jit_step(step_function)
     evaluator = Evaluator(model, experiment.objective, data)
     fresh = lambda: init_state(model, optimizer, experiment.guard, experiment.seed)
     keep = Keep(last=experiment.keep_last, every=experiment.keep_every or None)

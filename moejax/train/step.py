@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from moejax.kernels import compat
 from moejax.models.transformer import Transformer
 from moejax.objectives.lm import NextToken, Result
 from moejax.optim.guard import Guard, select
@@ -38,12 +39,13 @@ def make_train_step(
     num_microbatches: int,
     token_bytes: Array,
 ) -> Step:
-    """The step as a function to jit with `donate_argnums=0`.
+    """The step as a function, for `jit_step`.
 
     Metrics are sums over the batch: `terms` and `measures` of the objective, `stats` per layer,
     and the scalars `loss`, `grad_norm` (before clipping), `update_norm`, `accepted`.
     """
     weights = objective.weights(model)
+    optimizer = optax.with_extra_args_support(optimizer)
 
     def forward(params: Any, state: TrainState, batch: Batch, key: Array, loads: Any) -> Result:
         variables = {"params": params, "router_state": state.router_state}
@@ -89,14 +91,20 @@ def make_train_step(
         value, gradient, result = run(state, batch, key)
 
         grad_norm = global_norm(gradient)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        update = functools.partial(optimizer.update, grad_norm=grad_norm)
+        updates, _ = update(gradient, state.opt_state, state.params)
+        updates = jax.lax.optimization_barrier(updates)  # stored, not computed for each reader
         update_norm = global_norm(updates)
+        accepted, guard_state = guard.decide(state.guard, value, grad_norm, update_norm)
+        # A second time for the state alone, from a gradient that waits for the verdict: so the new
+        # moments go straight to where the old ones were and are never stored beside them.
+        judged = jax.tree.map(lambda g: jnp.where(accepted, g, 0), gradient)
+        _, opt_state = update(judged, state.opt_state, state.params)
         new = {
             "params": optax.apply_updates(state.params, updates),
             "opt_state": opt_state,
             "router_state": model.update_router_state(state.router_state, result.stats),
         }
-        accepted, guard_state = guard.decide(state.guard, value, grad_norm, update_norm)
         old = {name: getattr(state, name) for name in new}
         state = TrainState(
             step=state.step + 1, guard=guard_state, key=state.key, **select(accepted, new, old)
@@ -115,6 +123,11 @@ def make_train_step(
         return state, metrics
 
     return train_step
+
+
+def jit_step(step: Step) -> Step:
+    """The step compiled, its state donated: the old state's buffers hold the new one."""
+    return jax.jit(step, donate_argnums=0, compiler_options=compat.compiler_options())
 
 
 def _split(x: Array, *, num_microbatches: int) -> Array:

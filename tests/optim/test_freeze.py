@@ -8,7 +8,7 @@ import pytest
 
 from moejax.errors import UserError
 from moejax.optim.freeze import merge, report, split
-from moejax.optim.optimizer import AdamW
+from moejax.optim.optimizer import AdamW, global_norm
 from moejax.optim.schedule import WarmupCosine
 from moejax.train.fingerprint import fingerprints
 
@@ -49,7 +49,8 @@ def test_training_moves_the_trainable_and_leaves_every_frozen_bit():
     @jax.jit
     def step(trainable, state):
         gradient = jax.grad(lambda t: loss(merge(t, frozen), x))(trainable)
-        updates, state = optimizer.update(gradient, state, trainable)
+        norm = global_norm(gradient)
+        updates, state = optimizer.update(gradient, state, trainable, grad_norm=norm)
         return optax.apply_updates(trainable, updates), state
 
     for _ in range(3):

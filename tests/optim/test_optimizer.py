@@ -84,7 +84,7 @@ def test_against_the_equations(clip):
     want = numpy_adamw(params, gradients, clip=clip, decay=0.3)
     state, update = optimizer.init(params), jax.jit(optimizer.update)
     for gradient in gradients:
-        updates, state = update(gradient, state, params)
+        updates, state = update(gradient, state, params, grad_norm=global_norm(gradient))
         params = optax.apply_updates(params, updates)
     for path, value in named_leaves(params).items():
         np.testing.assert_allclose(value, want[path], rtol=2e-5, atol=1e-6, err_msg=path)
@@ -94,7 +94,9 @@ def test_moments_and_updates_of_bf16_parameters_are_float32():
     params = make_params(jnp.bfloat16)
     optimizer = AdamW(schedule=SCHEDULE).build(params, 10)
     state = jax.jit(optimizer.init)(params)
-    updates, state = jax.jit(optimizer.update)(like(params, 1), state, params)
+    gradient = like(params, 1)
+    update = jax.jit(optimizer.update)
+    updates, state = update(gradient, state, params, grad_norm=global_norm(gradient))
     moments = [x for x in jax.tree.leaves(state) if x.ndim]
     assert len(moments) == 2 * len(jax.tree.leaves(params))
     assert {x.dtype for x in moments} == {jnp.dtype("float32")}
@@ -108,7 +110,9 @@ def test_float64_stays_float64():
         params = make_params(jnp.float64)
         optimizer = AdamW(schedule=SCHEDULE).build(params, 10)
         update = jax.jit(optimizer.update)
-        updates, _ = update(like(params, 1), optimizer.init(params), params)
+        gradient = like(params, 1)
+        norm = global_norm(gradient)
+        updates, _ = update(gradient, optimizer.init(params), params, grad_norm=norm)
         assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype("float64")}
         assert global_norm(updates).dtype == jnp.float64
 

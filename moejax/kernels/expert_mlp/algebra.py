@@ -52,6 +52,15 @@ class Products(Protocol):
     def outer(self, left: Array, right: Array) -> Array:
         """Sum over each expert's rows of left^T right."""
 
+    def times_both(self, rows: Array, gate: Array, up: Array) -> tuple[Array, Array]:
+        """(rows Wg, rows Wu)."""
+
+    def times_both_transposed(self, dgate: Array, dup: Array, gate: Array, up: Array) -> Array:
+        """dgate Wg^T + dup Wu^T."""
+
+    def outer_both(self, left: Array, dgate: Array, dup: Array) -> tuple[Array, Array]:
+        """Sums over each expert's rows of left^T dgate and left^T dup."""
+
 
 class Activations(NamedTuple):
     """What the forward pass saves besides its inputs."""
@@ -64,8 +73,7 @@ def forward(
     x: Array, score: Array, w: Weights, products: Products, act: Callable
 ) -> tuple[Array, Activations]:
     """(y [R, D], saved pre-activations) for rows `x` [R, D] with routing weights `score` [R]."""
-    gate = products.times(x, w.gate)
-    up = products.times(x, w.up)
+    gate, up = products.times_both(x, w.gate, w.up)
     if w.gate_bias is not None:
         one = jnp.ones_like(x[:, :1])
         gate += products.times(one, w.gate_bias)
@@ -86,10 +94,11 @@ def backward(
     da = _wide(products.times_transposed(g, w.down))
     dscore = jnp.sum(da * a, axis=1)
     dgate, dup = (d.astype(x.dtype) for d in act_vjp(s * da))
-    dx = products.times_transposed(dgate, w.gate) + products.times_transposed(dup, w.up)
+    dx = products.times_both_transposed(dgate, dup, w.gate, w.up)
+    dw_gate, dw_up = products.outer_both(x, dgate, dup)
     dw = Weights(
-        gate=products.outer(x, dgate),
-        up=products.outer(x, dup),
+        gate=dw_gate,
+        up=dw_up,
         down=products.outer((s * a).astype(x.dtype), g),
         gate_bias=None,
         up_bias=None,

@@ -66,6 +66,15 @@ class _Grouped:
             left, right, self._groups, transpose_rhs=False, dtype=at_least_f32(left.dtype)
         )
 
+    def times_both(self, rows: Array, gate: Array, up: Array) -> tuple[Array, Array]:
+        return self.times(rows, gate), self.times(rows, up)
+
+    def times_both_transposed(self, dgate: Array, dup: Array, gate: Array, up: Array) -> Array:
+        return self.times_transposed(dgate, gate) + self.times_transposed(dup, up)
+
+    def outer_both(self, left: Array, dgate: Array, dup: Array) -> tuple[Array, Array]:
+        return self.outer(left, dgate), self.outer(left, dup)
+
 
 def _gather(values: Array, slots: Slots) -> Array:
     """`values` `[T, D]` of each row's token; 0 in rows of empty slots. `[R, D]`."""
