@@ -1,15 +1,26 @@
-"""Statistics of expert load: MaxVio, entropy, effective experts, dead experts, percentiles.
+"""Statistics of routing: load, MaxVio, entropy, effective experts, dead experts, percentiles.
 
-Everything here is numpy on the host. `load` is `[..., E]`: each expert's share of the choices of
+Everything here is numpy on the host, and the only definition of each: what a run writes down and
+what the report draws are the same. `load` is `[..., E]`: each expert's share of the choices of
 one layer (a row sums to 1), or plain counts; every statistic is invariant to that scale. The
-*even share* is the mean over experts, 1/E where a row sums to 1. A row without any choice has no
-statistics: its results are NaN.
+*even share* is the mean over experts, 1/E where a row sums to 1.
+
+A layer without tokens has no statistics: its shares are 0, for nothing was given to anyone, and
+everything else is NaN. None of its experts counts as dead, and its number of dead ones is NaN,
+not 0 and not E.
 """
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+
+def load_share(load: ArrayLike) -> NDArray:
+    """Each expert's share of the choices, `load_i / sum(load)`. `[..., E] -> [..., E]`."""
+    load = np.asarray(load, np.float64)
+    total = load.sum(-1, keepdims=True)
+    return np.divide(load, total, out=np.zeros_like(load), where=total != 0)
 
 
 def relative_load(load: ArrayLike) -> NDArray:
@@ -38,6 +49,18 @@ def normalized_entropy(entropy: ArrayLike, num_experts: int) -> NDArray:
     if num_experts < 2:
         return np.ones_like(entropy)
     return entropy / np.log(num_experts)
+
+
+def router_entropy(total: ArrayLike, num_tokens: ArrayLike, num_experts: int) -> NDArray:
+    """Mean normalised entropy of the router's distribution over the tokens it saw.
+
+    `total` `[...]` is the sum over tokens of `-sum_i p_i ln p_i` in nats, `num_tokens` `[...]`
+    how many there were.
+    """
+    total = np.asarray(total, np.float64)
+    count = np.asarray(num_tokens, np.float64)
+    mean = np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
+    return np.where(np.isnan(mean), np.nan, normalized_entropy(mean, num_experts))
 
 
 def load_entropy(load: ArrayLike) -> NDArray:
@@ -77,6 +100,12 @@ def dead_experts(load: ArrayLike, threshold: float = 0.0) -> NDArray[np.bool_]:
     The default, 0, marks those without a single token. NaN load is not dead.
     """
     return relative_load(load) <= threshold
+
+
+def num_dead_experts(load: ArrayLike, threshold: float = 0.0) -> NDArray:
+    """How many experts are dead, see `dead_experts`. `[..., E] -> [...]`, float for the NaN."""
+    known = np.isfinite(relative_load(load)).all(-1)
+    return np.where(known, dead_experts(load, threshold).sum(-1), np.nan)
 
 
 def load_percentiles(load: ArrayLike, percentiles: ArrayLike) -> NDArray:

@@ -85,9 +85,8 @@ def means(terms: dict[str, tuple[Any, Any]], *, prefix: str = "") -> Values:
 def router_values(model: Transformer, stats: dict[str, Any]) -> Values:
     """Per MoE layer, in layer order: load `[layers, E]`, entropy, MaxVio, dead, dropped.
 
-    Load is the share of choices per expert. Entropy is the mean over tokens of the router's
-    entropy divided by ln E. MaxVio is E * max load - 1 (arXiv 2408.15664). Dead counts experts
-    that received nothing at all between two records.
+    What each of them is, and is for a layer without tokens, `analysis.routing` says. Dead counts
+    experts that received nothing at all between two records.
     """
     if not model.moe_layers:
         return {}
@@ -95,20 +94,18 @@ def router_values(model: Transformer, stats: dict[str, Any]) -> Values:
         {name: np.asarray(value)[row] for name, value in stats[segment].items()}
         for segment, row in model.moe_layers.values()
     ]
-    num_experts = model.moe.num_experts
-    loads = np.stack([row["load"] for row in rows]).astype(np.float64)
-    share = loads / np.maximum(loads.sum(axis=1, keepdims=True), 1)
-    tokens = np.array([max(int(row["tokens"]), 1) for row in rows])
-    entropy = np.array([float(row["entropy"]) for row in rows]) / tokens
+    column = lambda name: np.array([row[name] for row in rows])
+    loads = column("load")
+    entropy = routing.router_entropy(column("entropy"), column("tokens"), model.moe.num_experts)
     low, high = routing.load_percentiles(loads, (10, 90)).T
     return {
-        "router/load": share.tolist(),
-        "router/entropy": (entropy / math.log(max(num_experts, 2))).tolist(),
+        "router/load": routing.load_share(loads).tolist(),
+        "router/entropy": entropy.tolist(),
         "router/max_vio": routing.max_vio(loads).tolist(),
         "router/load_p10": low.tolist(),
         "router/load_p90": high.tolist(),
-        "router/dead": (loads == 0).sum(axis=1).tolist(),
-        "router/dropped": [int(row["dropped"]) for row in rows],
+        "router/dead": routing.num_dead_experts(loads).tolist(),
+        "router/dropped": column("dropped").astype(int).tolist(),
     }
 
 

@@ -60,4 +60,18 @@ def test_a_row_without_choices_has_no_statistics():
         assert np.isnan(empty)
         assert np.isfinite(even)
     assert not routing.dead_experts(load).any()
+    np.testing.assert_array_equal(routing.num_dead_experts(load), [np.nan, 0])
+    np.testing.assert_array_equal(routing.load_share(load), load)
     assert np.isnan(routing.load_spread(np.zeros(8), k=8))
+
+
+def test_router_entropy_is_a_mean_over_tokens_and_none_without_tokens():
+    entropy = routing.router_entropy([3 * np.log(2), 0.0], [3, 0], 4)
+    np.testing.assert_allclose(entropy, [0.5, np.nan])
+    np.testing.assert_array_equal(routing.router_entropy([0.0, 0.0], [3, 0], 1), [1, np.nan])
+
+
+def test_dead_experts_are_counted():
+    load = np.array([[0, 2, 6, 0], [2, 2, 2, 2]])
+    assert routing.num_dead_experts(load).tolist() == [2, 0]
+    assert routing.num_dead_experts(load, 1.0).tolist() == [3, 4]

@@ -141,3 +141,27 @@ def test_prototypes_are_copied_not_shared():
     first = [float(kernel[layer, 0, 0]) for kernel in kernels for layer in range(2)]
     assert len(set(first)) == len(first)
     assert isinstance(linear, nn.Module)
+
+
+def test_boundaries_change_how_layers_are_stacked_and_nothing_else():
+    model = dense(num_layers=3)
+    split = dataclasses.replace(model, boundaries=(1,))
+    assert [(s.start, s.count) for s in split.segments] == [(0, 1), (1, 2)]
+    init = lambda m: quick_jit(m.init)(jax.random.key(0))
+    whole, parts = init(model), init(split)
+    joined = jax.tree.map(
+        lambda a, b: np.concatenate([a, b]),
+        parts["params"]["layers_0"],
+        parts["params"]["layers_1"],
+    )
+    jax.tree.map(np.testing.assert_array_equal, whole["params"]["layers_0"], joined)
+    logits = [
+        quick_jit(m.apply)(v, tokens((1, 4))).logits for m, v in ((model, whole), (split, parts))
+    ]
+    np.testing.assert_allclose(*logits, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("boundaries", [(0,), (3,), (1, -1)])
+def test_a_boundary_outside_the_stack_is_an_error(boundaries):
+    with pytest.raises(UserError, match=r"model.boundaries=.* between 1 and .* = 2"):
+        dense(num_layers=3, boundaries=boundaries)

@@ -15,7 +15,7 @@ from moejax.balance.loss_free import LossFreeBias
 from moejax.balance.z_loss import RouterZLoss
 from moejax.objectives.lm import NextToken
 from moejax.train.state import init_state
-from moejax.train.step import _first_pass
+from moejax.train.step import _first_pass, jit_step
 from tests.contract import quick_jit, to_dtype
 from tests.models.tiny_model import (
     VOCAB,
@@ -226,3 +226,13 @@ def test_init_state_is_a_function_of_the_seed():
     same = np.array_equal(draw(1)["kernel"], draw(1)["kernel"])
     assert same
     assert not np.array_equal(draw(1)["kernel"], draw(2)["kernel"])
+
+
+def test_the_new_moments_are_never_stored_beside_the_old():
+    """Until the guard has judged a step, only its updates wait in memory."""
+    model, optimizer = dataclasses.replace(dense(), vocab_size=4096), optax.adam(1e-3)
+    state = jax.eval_shape(lambda: init_state(model, optimizer, GUARD, 0))
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.params))
+    compiled = jit_step(make_step(model, optimizer)).lower(state, make_batch()).compile()
+    # 2.5 times the parameters: gradient, updates, activations. 3.5 if the moments waited too.
+    assert compiled.memory_analysis().temp_size_in_bytes < 3 * size
