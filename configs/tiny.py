@@ -5,7 +5,8 @@ Cost      under 5 minutes of training on two CPU cores (2,400 tokens/s, jax 0.10
 Result    1.856 bits per byte on the held-out files (gzip -9 1.929, xz -9 1.673), Python 3.11
 Numbers   width, depth, 16 experts and top-4 are OLMoE's shape (arXiv 2409.02060) made small; the
           batch of 1,024 tokens, the learning rate and the warm-up were chosen by short runs here:
-          at 614,000 tokens 4 sequences a step reached 1.89 bits per byte, a tied head 1.94.
+          at 614,000 tokens 4 sequences a step reached 1.89 bits per byte, a tied head 1.94. With
+          a balance weight of 0.01 one expert of the last layer kept 3.5 times its share.
 """
 
 import fiddle as fdl
@@ -57,7 +58,7 @@ def config() -> Experiment:
                     router=TopK(k=4),
                     experts=GLU(d_ff=128),
                     transport=Local(),
-                    balance=(TwoPassLoadBalance(weight=0.01), RouterZLoss(weight=0.001)),
+                    balance=(TwoPassLoadBalance(weight=0.03), RouterZLoss(weight=0.001)),
                 ),
                 norm=RMSNorm(),
             ),
@@ -70,7 +71,7 @@ def config() -> Experiment:
         optimizer=AdamW(schedule=WarmupCosine(peak=3e-3, warmup_steps=60, final_fraction=0.0)),
         objective=NextToken(),
         guard=Guard(),
-        steps=640,
+        steps=800,
         batch_size=4,
         sequence_length=256,
         workdir="runs/tiny",

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
+
 from moejax.data.pipeline import Data, Loaders
 from moejax.errors import UserError
 from moejax.models.generate import Sampling
@@ -11,6 +14,9 @@ from moejax.models.transformer import Transformer
 from moejax.objectives.lm import NextToken
 from moejax.optim.guard import Guard
 from moejax.optim.optimizer import AdamW
+from moejax.types import Batch
+
+_ANY_VOCABULARY = 512  # only two shapes depend on the vocabulary, and no mistake does
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,6 +78,27 @@ class Experiment:
         if self.model.vocab_size is not None:
             raise UserError("leave model.vocab_size unset: it is taken from data.tokenizer")
 
+    def check(self) -> None:
+        """Raises UserError for every mistake that shows without data; takes about a second.
+
+        Tokenising can take hours, so call this before `prepare_data`. The model and the optimiser
+        are put together as in training and one microbatch goes through the objective, all of it
+        with abstract arrays.
+        """
+        self.data.check(seq_len=self.sequence_length, batch_size=self.batch_size, seed=self.seed)
+        model = self.build_model(_ANY_VOCABULARY)
+        key = jax.random.key(0)
+        variables = jax.eval_shape(model.init, key)
+        self.optimizer.build(variables["params"], self.steps)
+        jax.eval_shape(
+            lambda variables, batch, token_bytes: (
+                self.objective(model, variables, batch, token_bytes=token_bytes, key=key).terms
+            ),
+            variables,
+            _abstract_batch(self.batch_size // self.num_microbatches, self.sequence_length),
+            jax.ShapeDtypeStruct((_ANY_VOCABULARY,), jnp.int32),
+        )
+
     def prepare_data(self) -> Loaders:
         """Tokenises and packs (or finds it cached), for this batch and sequence length."""
         return self.data.prepare(
@@ -81,3 +108,9 @@ class Experiment:
     def build_model(self, vocab_size: int) -> Transformer:
         """The model with the tokenizer's vocabulary."""
         return dataclasses.replace(self.model, vocab_size=vocab_size)
+
+
+def _abstract_batch(batch_size: int, sequence_length: int) -> Batch:
+    ids = jax.ShapeDtypeStruct((batch_size, sequence_length), jnp.int32)
+    mask = jax.ShapeDtypeStruct(ids.shape, jnp.bool_)
+    return Batch(tokens=ids, targets=ids, loss_mask=mask, segment_ids=ids, positions=ids)

@@ -19,8 +19,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
+AnyArray = ArrayLike | jax.ShapeDtypeStruct  # on devices, on the host, or shape and dtype alone
 Term = tuple[Array, Array]  # (sum, count), both scalars of at least float32
 Terms = dict[str, Term]
 Stats = dict[str, Any]  # nested dictionaries of arrays that add up over microbatches and devices
@@ -52,11 +53,11 @@ class Batch:
     that follows `tokens[b, s]` in the same segment; where there is none, `loss_mask` is False.
     """
 
-    tokens: Int[Array, "B S"]
-    targets: Int[Array, "B S"]
-    loss_mask: Bool[Array, "B S"]
-    segment_ids: Int[Array, "B S"]  # 0 is padding; 1, 2, ... number the packed documents
-    positions: Int[Array, "B S"]  # from 0 within each segment
+    tokens: Int[AnyArray, "B S"]
+    targets: Int[AnyArray, "B S"]
+    loss_mask: Bool[AnyArray, "B S"]
+    segment_ids: Int[AnyArray, "B S"]  # 0 is padding; 1, 2, ... number the packed documents
+    positions: Int[AnyArray, "B S"]  # from 0 within each segment
 
 
 @_pytree(static=("num_experts", "decode", "cache_length", "window"))
@@ -68,10 +69,10 @@ class Context:
     nothing may be random (evaluation).
     """
 
-    token_mask: Bool[Array, "B S"]  # False is padding and never counts
-    segment_ids: Int[Array, "B S"]
-    positions: Int[Array, "B S"]
-    token_ids: Int[Array, "B S"]
+    token_mask: Bool[ArrayLike, "B S"]  # False is padding and never counts
+    segment_ids: Int[ArrayLike, "B S"]
+    positions: Int[ArrayLike, "B S"]
+    token_ids: Int[ArrayLike, "B S"]
     step: Int[Array, ""]
     layer_index: Int[Array, ""] | int = 0
     key: Any = None

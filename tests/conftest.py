@@ -1,4 +1,4 @@
-"""Every test sees eight simulated CPU devices and a persistent compilation cache."""
+"""Every test sees eight simulated CPU devices, a compilation cache, and checked annotations."""
 
 import os
 import pathlib
@@ -9,9 +9,28 @@ _FLAG = "--xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}".strip()
 
 import jax  # noqa: E402  (after the environment is set)
+import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
+
+from tests import checked_trees  # noqa: E402
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_compilation_cache_dir", str(_ROOT / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+# Arguments, results, and the fields of dataclasses are checked against their annotations in all of
+# moejax that this process imports from here on. An int may stand for a float, as PEP 484 has it.
+# Of a list the first item is looked at, and not a random one, so that a failure repeats itself.
+checked_trees.register_dataclasses_of("moejax")
+jaxtyping.install_import_hook(
+    "moejax",
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True, is_random=False))",
+)
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Annotations are not checked, so that the package's own answer to bad arguments is reached."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

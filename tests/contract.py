@@ -82,6 +82,7 @@ def random_tree(shapes: Any, *, seed: int = 0) -> Any:
 
 def random_variables(module: nn.Module, *args: Any, seed: int = 0) -> Any:
     """Variables of the module's shapes without running (or compiling) its initialisers."""
+    args = jax.tree.map(lambda a: jnp.asarray(a) if isinstance(a, np.ndarray) else a, args)
     init = lambda: nn.meta.unbox(module.init(jax.random.key(0), *args))
     return random_tree(jax.eval_shape(init), seed=seed)
 

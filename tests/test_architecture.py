@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "types": set(),
     "kernels": GROUND,
     "parallel": GROUND,
-    "layers": GROUND,
+    "layers": GROUND | {"kernels"},
     **dict.fromkeys(FAMILIES, CORE),
     "models": CORE | FAMILIES,
     "objectives": MODELS,

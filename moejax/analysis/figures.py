@@ -76,7 +76,7 @@ def whole_ticks(most: int) -> MaxNLocator:
     return MaxNLocator(nbins=most, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10])
 
 
-def short_number(value: float) -> str:
+def short_number(value: float | np.floating) -> str:
     """1234567 -> "1.235M", 20000 -> "20k", 350 -> "350"."""
     for size, unit, letter in (
         (1e12, 1e12, "T"),
@@ -115,7 +115,7 @@ def legend_below(axes: Axes, *, num_columns: int) -> None:
         )
 
 
-def is_short(values: NDArray) -> bool:
+def is_short(values: NDArray) -> bool | np.bool_:
     """Few enough known points to mark each of them and to need no smoothing."""
     return len(values) <= 15 or np.isfinite(values).sum() <= 15
 

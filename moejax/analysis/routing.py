@@ -12,8 +12,12 @@ not 0 and not E.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+PerLayer = NDArray | np.floating  # `[...]`: numpy's scalar where `load` is one row `[E]`
 
 
 def load_share(load: ArrayLike) -> NDArray:
@@ -30,7 +34,7 @@ def relative_load(load: ArrayLike) -> NDArray:
     return np.divide(load, mean, out=np.full_like(load, np.nan), where=mean > 0)
 
 
-def max_vio(load: ArrayLike) -> NDArray:
+def max_vio(load: ArrayLike) -> PerLayer:
     """Largest violation of balance: `(max_i load_i - mean(load)) / mean(load)`.
 
     `[..., E] -> [...]`. 0 is perfect balance; the most a top-k router can reach is `E/k - 1`.
@@ -40,7 +44,7 @@ def max_vio(load: ArrayLike) -> NDArray:
     return relative_load(load).max(-1) - 1.0
 
 
-def normalized_entropy(entropy: ArrayLike, num_experts: int) -> NDArray:
+def normalized_entropy(entropy: ArrayLike, num_experts: int) -> PerLayer:
     """An entropy in nats divided by its maximum `ln E`: 0 is certain, 1 is uniform.
 
     With a single expert there is nothing to choose and the result is 1.
@@ -51,7 +55,7 @@ def normalized_entropy(entropy: ArrayLike, num_experts: int) -> NDArray:
     return entropy / np.log(num_experts)
 
 
-def router_entropy(total: ArrayLike, num_tokens: ArrayLike, num_experts: int) -> NDArray:
+def router_entropy(total: ArrayLike, num_tokens: ArrayLike, num_experts: int) -> PerLayer:
     """Mean normalised entropy of the router's distribution over the tokens it saw.
 
     `total` `[...]` is the sum over tokens of `-sum_i p_i ln p_i` in nats, `num_tokens` `[...]`
@@ -63,7 +67,7 @@ def router_entropy(total: ArrayLike, num_tokens: ArrayLike, num_experts: int) ->
     return np.where(np.isnan(mean), np.nan, normalized_entropy(mean, num_experts))
 
 
-def load_entropy(load: ArrayLike) -> NDArray:
+def load_entropy(load: ArrayLike) -> PerLayer:
     """Normalised entropy of the load, `-sum_i p_i ln p_i / ln E` with `p = load / sum(load)`.
 
     `[..., E] -> [...]`, 1 when every expert has the same load, 0 when one expert has it all.
@@ -72,7 +76,7 @@ def load_entropy(load: ArrayLike) -> NDArray:
     return normalized_entropy(_entropy_nats(load), load.shape[-1])
 
 
-def effective_experts(load: ArrayLike) -> NDArray:
+def effective_experts(load: ArrayLike) -> PerLayer:
     """The number of equally loaded experts with the same load entropy: `exp(-sum p ln p)`.
 
     `[..., E] -> [...]`, from 1 to E. A top-k router cannot go below k: its choices for one token
@@ -81,7 +85,7 @@ def effective_experts(load: ArrayLike) -> NDArray:
     return np.exp(_entropy_nats(load))
 
 
-def load_spread(load: ArrayLike, k: int) -> NDArray:
+def load_spread(load: ArrayLike, k: int) -> PerLayer:
     """Where the effective number of experts lies between its least, k (0), and its most, E (1).
 
     `[..., E] -> [...]`. The scale makes layers with different E and k comparable; when k is E
@@ -108,12 +112,12 @@ def num_dead_experts(load: ArrayLike, threshold: float = 0.0) -> NDArray:
     return np.where(known, dead_experts(load, threshold).sum(-1), np.nan)
 
 
-def load_percentiles(load: ArrayLike, percentiles: ArrayLike) -> NDArray:
+def load_percentiles(load: ArrayLike, percentiles: Sequence[float]) -> NDArray:
     """Percentiles (0 to 100) over experts of the relative load. `[..., E] -> [..., Q]`."""
     return np.moveaxis(np.percentile(relative_load(load), percentiles, axis=-1), 0, -1)
 
 
-def _entropy_nats(load: ArrayLike) -> NDArray:
+def _entropy_nats(load: ArrayLike) -> PerLayer:
     load = np.asarray(load, np.float64)
     p = relative_load(load) / load.shape[-1]
     terms = np.where(p == 0, 0.0, p * np.log(np.where(p > 0, p, 1.0)))

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     from moejax.analysis.report import write_report
     from moejax.config.build import build_config
     from moejax.config.load import load_config
-    from moejax.config.run_directory import CONFIG_JSON, claim
+    from moejax.config.run_directory import CONFIG_JSON, check_workdir, claim
     from moejax.train.loop import train
     from moejax.train.manifest import versions
 
@@ -43,7 +43,9 @@ def run(args: argparse.Namespace) -> int:
     stored = None
     if (workdir / CONFIG_JSON).exists():
         stored = load_config(workdir, trusted=args.trust_config)
-    claim(workdir, config, stored, versions())
+    check_workdir(workdir, config, stored)
+    experiment.check()
+    claim(workdir, config, versions())  # last: a refused experiment must not own the folder
 
     finished = train(experiment, name=args.config, until=args.until)
     if finished.paused_by is not None:

@@ -29,7 +29,8 @@ def check_config(config: fdl.Config) -> fdl.Config:
 
     Raises:
       UserError: names every path at which a required argument is missing, a value is not of the
-        annotated type, or something lies that is also reachable by another path.
+        annotated type, a field is set that its prototype's owner sets, or something lies that is
+        also reachable by another path.
     """
     problems = [*_shared(config), *_values(config)]
     if problems:
@@ -55,6 +56,9 @@ def _values(config: fdl.Config) -> Iterator[str]:
             yield wrong_type(node.path, node.annotation, value)
         if isinstance(value, fdl.Buildable):
             yield from _module_defaults(node)
+            for name in value.__arguments__:
+                if paths.is_set_by_owner(value, name):
+                    yield paths.has_no_effect(config, f"{node.path}.{name}".lstrip("."))
 
 
 def _owner(config: fdl.Config, path: str) -> str:

@@ -3,6 +3,10 @@
 A path is the names of parameters, list or tuple positions and dictionary keys joined by dots:
 `model.block.ffn.router.k`, `data.train.sources.0.weight`. Linen's own fields `parent` and `name`
 are no part of the tree.
+
+Nor is a field that a prototype's owner sets in every copy of it, such as the width of a
+projection, unless someone has set it, which `check.py` refuses. It is declared so by
+`dataclasses.field(metadata={"set_by_owner": True})`.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from typing import Any
 import fiddle as fdl
 import flax.linen as nn
 
-from moejax.config import annotations, known
+from moejax.config import annotations, known, symbols
 from moejax.errors import UserError
 
 UNSET = fdl.NO_VALUE  # what a required parameter without a value holds
@@ -32,6 +36,7 @@ class Parameter:
     required: bool
     default: Any
     factory: Callable[[], Any] | None
+    set_by_owner: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,17 +55,18 @@ def parameters(target: Any) -> dict[str, Parameter]:
     is_module = isinstance(target, type) and issubclass(target, nn.Module)
     hidden = ("parent", "name") if is_module else ()
     hints = annotations.resolve(target)
-    factories = {}
-    if dataclasses.is_dataclass(target):
-        fields = dataclasses.fields(target)
-        factories = {f.name: f.default_factory for f in fields if _has_factory(f)}
+    fields = dataclasses.fields(target) if dataclasses.is_dataclass(target) else ()
+    factories = {f.name: f.default_factory for f in fields if _has_factory(f)}
+    owned = {f.name for f in fields if f.metadata.get("set_by_owner")}
     out = {}
     for name, p in inspect.signature(target).parameters.items():
         if name in hidden or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD, p.POSITIONAL_ONLY):
             continue
         required = p.default is p.empty
         default = None if required or name in factories else p.default
-        out[name] = Parameter(hints.get(name, Any), required, default, factories.get(name))
+        out[name] = Parameter(
+            hints.get(name, Any), required, default, factories.get(name), name in owned
+        )
     return out
 
 
@@ -153,6 +159,8 @@ def _config_children(config: fdl.Buildable) -> list[tuple[Any, Node]]:
         value = given.pop(name) if explicit else default_of(parameter)
         if value is UNSET and isinstance(config, fdl.Partial):
             continue
+        if parameter.set_by_owner and not explicit:
+            continue
         out.append((name, Node(name, value, parameter.annotation, explicit)))
     for key, value in given.items():  # *args by position, **kwargs by name
         if key not in ("parent", "name"):
@@ -221,7 +229,37 @@ def _with_child(value: Any, key: Any, new: Any) -> Any:
     return value
 
 
+def is_set_by_owner(prototype: Any, name: str) -> bool:
+    """Whether `name` is a field of this config that is set in every copy of what it builds."""
+    if not isinstance(prototype, fdl.Buildable):
+        return False
+    parameter = parameters(fdl.get_callable(prototype)).get(name)
+    return parameter is not None and parameter.set_by_owner
+
+
+def has_no_effect(config: Any, path: str) -> str:
+    """The sentence that refuses a value for a field that is set by its prototype's owner."""
+    prototype = path.rpartition(".")[0]
+    above = [n for n in walk(config) if n.path != prototype and _is_above(n.path, prototype)]
+    owners = [symbols.name_of(fdl.get_callable(n.value)) for n in above if _is_config(n.value)]
+    return (
+        f"{path} has no effect: {owners[-1] if owners else 'whoever uses it'} sets it in every "
+        f"copy that it makes of {prototype or 'this'}; leave it out"
+    )
+
+
+def _is_above(path: str, other: str) -> bool:
+    return not path or other.startswith(path + ".")
+
+
+def _is_config(value: Any) -> bool:
+    return isinstance(value, fdl.Buildable)
+
+
 def _unknown(config: Any, path: str, reached: Node) -> str:
+    last = path.rpartition(".")[2]
+    if path in (last, f"{reached.path}.{last}") and is_set_by_owner(reached.value, last):
+        return has_no_effect(config, path)
     text = f"there is no parameter {path!r}"
     if reached.path and (reached.value is None or reached.value is UNSET):
         what = "None" if reached.value is None else "not set"

@@ -28,22 +28,18 @@ FREE = (
 )
 
 
-def claim(
-    workdir: str | pathlib.Path,
-    config: fdl.Config,
-    stored: fdl.Config | None,
-    versions: Mapping[str, str],
+def check_workdir(
+    workdir: str | pathlib.Path, config: fdl.Config, stored: fdl.Config | None
 ) -> None:
-    """Makes `workdir` the folder of `config`, or checks that it already is.
+    """Checks that `workdir` is the folder of `config` or can become it; makes it if missing.
 
     Args:
-      workdir: the folder; made if it does not exist.
+      workdir: the folder.
       config: the experiment to run.
       stored: the config that the folder holds, or None where it holds none.
-      versions: library versions, recorded beside the config.
 
     Raises:
-      UserError: the folder holds another experiment, or cannot be written.
+      UserError: the folder holds another experiment or something else, or cannot be made.
     """
     folder = pathlib.Path(workdir)
     if stored is not None:
@@ -61,10 +57,27 @@ def claim(
             raise UserError(
                 f"{folder} is not empty and holds no {CONFIG_JSON}: choose another workdir=..."
             )
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
+
+
+def claim(workdir: str | pathlib.Path, config: fdl.Config, versions: Mapping[str, str]) -> None:
+    """Makes `workdir`, which `check_workdir` has accepted, the folder of `config`.
+
+    Does nothing where it already is one. `versions` of libraries are recorded beside the config.
+
+    Raises:
+      UserError: the config cannot be stored, or the folder cannot be written.
+    """
+    folder = pathlib.Path(workdir)
+    if (folder / CONFIG_JSON).exists():
+        return
+    stored = dump_config(config, versions)
+    try:
         # The JSON file comes last: its presence means that the folder is claimed.
         (folder / CONFIG_TEXT).write_text(config_text(config), encoding="utf-8")
         partial = folder / (CONFIG_JSON + ".partial")
-        partial.write_text(dump_config(config, versions), encoding="utf-8")
+        partial.write_text(stored, encoding="utf-8")
         partial.rename(folder / CONFIG_JSON)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error

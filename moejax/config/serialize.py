@@ -212,11 +212,16 @@ class _Reader:
             ) from None
 
     def _changed_defaults(self, target: Any, stored: dict, path: str) -> dict[str, Any]:
-        """The recorded defaults that differ from those of the code as it is now."""
+        """The recorded defaults that differ from those of the code as it is now, where they count.
+
+        One that a prototype's owner replaces never does.
+        """
         changed = {}
         now = paths.parameters(target)
         for name, value in stored.items():
             if isinstance(value, dict) and "__default__" in value:
+                continue
+            if name in now and now[name].set_by_owner:
                 continue
             old = self.read(value, _join(path, name))
             if name not in now or not same_value(old, paths.default_of(now[name])):

@@ -1,21 +1,27 @@
 """A folder of arrays on disk that is either whole and current, or noticed and built again.
 
-Used for tokenised documents and for row indices. An entry is written into a temporary folder
+Used for tokenised documents and for row indices. An entry is written into a hidden workspace
 beside its place and renamed, so a killed process leaves no half entry and several processes may
-build the same one. `meta.json` holds the entry's fingerprint, and the shape, dtype and checksums
-of every array; they are compared each time an entry is opened.
+build the same one. The workspace that it does leave is removed by the next build.
+
+`meta.json` holds the entry's fingerprint, and the shape, dtype and checksums of every array; they
+are compared each time an entry is opened.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import json
 import logging
 import os
 import pathlib
+import platform
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -26,6 +32,9 @@ log = logging.getLogger(__name__)
 
 BLOCK_BYTES = 4 * 2**20
 MAX_BLOCKS_CHECKED = 512  # 2 GiB per array; of a larger one an even sample and both ends
+
+_WORKSPACE = ".building-"
+_OWNER = "owner"  # locked by whoever builds, for as long as he lives
 
 Arrays = dict[str, np.ndarray]
 
@@ -110,31 +119,62 @@ class _Unusable(Exception):
 
 def _build(folder: pathlib.Path, fingerprint: str, build: Callable[[ArrayWriter], dict]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    writer = ArrayWriter(partial)
-    try:
-        writer.close(fingerprint, build(writer))
-        _replace(partial, folder)
-    finally:
-        writer.abandon()
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _replace(partial: pathlib.Path, folder: pathlib.Path) -> None:
-    """Puts `partial` in the place of `folder`; whoever comes last wins, all have the same."""
-    partial.chmod(0o755)
-    for _ in range(10):
-        old = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+    _remove_leftovers(folder.parent)
+    with _workspace(folder) as workspace:
+        new = workspace / "new"
+        new.mkdir()
+        writer = ArrayWriter(new)
         try:
-            if folder.exists():
-                os.replace(folder, old / "entry")
-            os.replace(partial, folder)
-            return
-        except OSError:
-            if not folder.exists():  # not a race with another process: a real failure
-                raise
+            writer.close(fingerprint, build(writer))
         finally:
-            shutil.rmtree(old, ignore_errors=True)
+            writer.abandon()
+        _replace(new, folder, workspace)
+
+
+@contextlib.contextmanager
+def _workspace(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A hidden folder beside `folder`, with a file that is locked until this process is done."""
+    path = pathlib.Path(tempfile.mkdtemp(prefix=f"{_WORKSPACE}{folder.name}-", dir=folder.parent))
+    try:
+        with open(path / "unlocked", "w") as owner:
+            owner.write(platform.node())
+            owner.flush()
+            # Where locks do not work the name stays, and nobody takes the build for abandoned.
+            with contextlib.suppress(OSError):
+                fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.rename(path / "unlocked", path / _OWNER)
+            yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove_leftovers(parent: pathlib.Path) -> None:
+    """Removes the workspaces of killed processes of this machine.
+
+    Those of other machines stay: some file systems do not show one machine the locks of another.
+    """
+    for workspace in parent.glob(f"{_WORKSPACE}*"):
+        try:
+            with open(workspace / _OWNER, "r+") as owner:
+                fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if owner.read() == platform.node():
+                    log.info("removing %s, which a killed process has left", workspace)
+                    shutil.rmtree(workspace, ignore_errors=True)
+        except OSError:  # its process lives, or has just gone and took it along
+            continue
+
+
+def _replace(new: pathlib.Path, folder: pathlib.Path, workspace: pathlib.Path) -> None:
+    """Puts `new` in the place of `folder`; whoever comes last wins, all have the same."""
+    for attempt in range(10):
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(folder, workspace / f"old-{attempt}")
+        try:
+            os.replace(new, folder)
+            return
+        except OSError as e:
+            if e.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # no race with another process
+                raise
 
 
 def _open(folder: pathlib.Path, fingerprint: str) -> tuple[Arrays, dict]:

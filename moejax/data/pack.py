@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import pathlib
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -40,6 +40,7 @@ class Pieces:
     length: np.ndarray
 
 
+@runtime_checkable
 class Packing(Protocol):
     """How documents are laid into rows."""
 

@@ -8,7 +8,7 @@ import logging
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from moejax.data.baselines import compression_baselines
 from moejax.data.documents import tokenized
@@ -17,7 +17,7 @@ from moejax.data.fingerprint import fingerprint
 from moejax.data.loader import EvalLoader, TrainLoader
 from moejax.data.mixture import Mixture
 from moejax.data.pack import BestFit, Packing, packed
-from moejax.data.source import Source, python_stdlib
+from moejax.data.source import Source, existing, python_stdlib
 from moejax.data.subword import BPE
 from moejax.data.tokenizer import Tokenizer
 
@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 FORMAT = 1  # of the order of rows: raise it when the same config would give other batches
 
 
+@runtime_checkable
 class TokenizerConfig(Protocol):
     """How to come by a tokenizer; see `tokenizer.py`."""
 
@@ -92,6 +93,14 @@ class Data:
     packing: Packing = BestFit()
     cache_dir: str | None = None
     shuffle: bool = True
+
+    def check(self, *, seq_len: int, batch_size: int, seed: int) -> None:
+        """Raises DataError for what is wrong before any document is read; takes no time."""
+        _check_sizes(seq_len, batch_size, seed)
+        for source in self._sources()[0]:
+            path = getattr(source, "path", None)  # what sources of files call it
+            if path is not None:
+                existing(path, what=f"{type(source).__name__}.path")
 
     def prepare(self, *, seq_len: int, batch_size: int, seed: int) -> Loaders:
         """Trains the tokenizer, tokenises and packs, as far as the cache does not hold it yet.

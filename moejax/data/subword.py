@@ -66,7 +66,7 @@ class Subwords(Tokenizer):
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(e.ids, dtype=np.int32) for e in encodings]
 
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    def decode(self, ids: Sequence[int | np.integer] | np.ndarray) -> str:
         ids = [int(i) for i in ids if i != self.eos_id]
         if self._byte_level:
             return b"".join(self._bytes.get(i, b"") for i in ids).decode("utf-8", "replace")

@@ -42,7 +42,7 @@ class Tokenizer(abc.ABC):
         """`encode` of each text, on all cores where the tokenizer can."""
 
     @abc.abstractmethod
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    def decode(self, ids: Sequence[int | np.integer] | np.ndarray) -> str:
         """Ids to text; the inverse of `encode`. Bytes that are not UTF-8 become U+FFFD."""
 
     @abc.abstractmethod
@@ -124,7 +124,7 @@ class Bytes(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [self.encode(t) for t in texts]
 
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    def decode(self, ids: Sequence[int | np.integer] | np.ndarray) -> str:
         ids = np.asarray(ids, dtype=np.int64)
         return bytes(ids[(ids >= 0) & (ids < 256)].astype(np.uint8)).decode("utf-8", "replace")
 

@@ -10,6 +10,7 @@ import functools
 import logging
 from collections.abc import Collection
 
+from moejax.errors import UserError
 from moejax.kernels import compat
 
 _log = logging.getLogger(__name__)
@@ -28,12 +29,12 @@ def choose(kernel: str, named: str | None, available: Collection[str]) -> str:
       available: the implementations that this kernel has.
 
     Raises:
-      ValueError: `named` is not one of `available`.
+      UserError: `named` is not one of `available`.
     """
     if named is None:
         return _default(kernel, compat.target_platform())
     if named not in available:
-        raise ValueError(
+        raise UserError(
             f"{kernel} has no implementation {named!r}; use one of "
             f"{', '.join(sorted(available))}, or None to let it choose"
         )

@@ -6,6 +6,9 @@ or any other adapter is put in by swapping that one prototype.
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 from flax.linen import initializers
@@ -17,20 +20,25 @@ from moejax.types import Context
 fan_in_normal = initializers.variance_scaling(1.0, "fan_in", "normal")
 
 
+def _set_by_owner(default: Any) -> Any:
+    """A field that whoever copies the prototype sets; a config that sets it is refused."""
+    return dataclasses.field(default=default, metadata={"set_by_owner": True})
+
+
 class Linear(nn.Module):
     """`y = x W + b`, computed in the dtype of `x`.
 
     Attributes:
-      features: output width.
-      use_bias: whether there is a bias, initialised to 0.
+      features: output width. Set by the owner of the prototype, in every copy.
+      use_bias: whether there is a bias, initialised to 0. Set by the owner.
       kernel_init: initialiser of the kernel `[in, out]`; normal with variance `1 / in` by default.
-      axes: logical names of the kernel's two axes, for sharding.
+      axes: logical names of the kernel's two axes, for sharding. Set by the owner.
     """
 
-    features: int = 0
-    use_bias: bool = False
+    features: int = _set_by_owner(0)
+    use_bias: bool = _set_by_owner(False)
     kernel_init: nn.initializers.Initializer = fan_in_normal
-    axes: tuple[str | None, str | None] = (None, None)
+    axes: tuple[str | None, str | None] = _set_by_owner((None, None))
 
     @nn.compact
     def __call__(self, x: Float[Array, "... K"], context: Context) -> Float[Array, "... N"]:

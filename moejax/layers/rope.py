@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from moejax.errors import UserError
 from moejax.types import at_least_f32
 
 
+@runtime_checkable
 class Scaling(Protocol):
     """How a checkpoint stretches its context."""
 

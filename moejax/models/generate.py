@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from moejax.errors import UserError
 from moejax.models.transformer import Transformer, Variables
@@ -42,7 +42,7 @@ class Sampling:
 def generate(
     model: Transformer,
     variables: Variables,
-    prompts: Sequence[np.ndarray],
+    prompts: Sequence[Int[ArrayLike, " _"]],
     sampling: Sampling,
     *,
     seed: int = 0,

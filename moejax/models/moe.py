@@ -64,7 +64,9 @@ class MoE(nn.Module):
             y = y + self.shared(x, context)
 
         terms: Terms = {}
-        for rule, state in zip(self.balance, states, strict=True):
+        # Initialisation sees one token, which fits no rule about whole batches.
+        rules = () if self.is_initializing() else zip(self.balance, states, strict=True)
+        for rule, state in rules:
             terms = add_terms(terms, rule.terms(routing, context, state))
         return y, terms, _statistics(routing, context, counts), carry
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from moejax.errors import UserError
 from moejax.kernels import compat
@@ -200,10 +200,10 @@ class Transformer:
     def apply(
         self,
         variables: Variables,
-        tokens: Int[Array, "B S"],
+        tokens: Int[ArrayLike, "B S"],
         *,
-        segment_ids: Int[Array, "B S"] | None = None,
-        positions: Int[Array, "B S"] | None = None,
+        segment_ids: Int[ArrayLike, "B S"] | None = None,
+        positions: Int[ArrayLike, "B S"] | None = None,
         step: Array | int = 0,
         key: Array | None = None,
         loads: dict[str, Array] | None = None,
@@ -246,7 +246,13 @@ class Transformer:
         return logits
 
     def _context(
-        self, tokens: Array, segment_ids: Array, positions: Array, *, key: Any, step: Any
+        self,
+        tokens: Int[ArrayLike, "B S"],
+        segment_ids: Int[ArrayLike, "B S"],
+        positions: Int[ArrayLike, "B S"],
+        *,
+        key: Array | None,
+        step: Array | int,
     ) -> Context:
         return Context(
             token_mask=segment_ids > 0,

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from moejax.models.transformer import Transformer
 from moejax.types import Batch, Stats, Terms
@@ -46,7 +46,7 @@ class NextToken:
         variables: Any,
         batch: Batch,
         *,
-        token_bytes: Int[Array, "V"],
+        token_bytes: Int[ArrayLike, "V"],
         step: Array | int = 0,
         key: Array | None = None,
         loads: Any = None,
@@ -78,5 +78,5 @@ class NextToken:
         return Result(terms=terms, measures=measures, stats=out.stats)
 
 
-def _logit_of(logits: Float[Array, "B S V"], ids: Int[Array, "B S"]) -> Float[Array, "B S"]:
+def _logit_of(logits: Float[Array, "B S V"], ids: Int[ArrayLike, "B S"]) -> Float[Array, "B S"]:
     return jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]

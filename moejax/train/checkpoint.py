@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 
 from moejax.errors import UserError
 from moejax.optim.paths import named_leaves
@@ -56,7 +57,13 @@ class Checkpointer:
     safe beside a run that writes.
     """
 
-    def __init__(self, directory: str, keep: Keep = Keep(), *, timeout_seconds: int = 1200):  # noqa: B008
+    def __init__(
+        self,
+        directory: epath.PathLike,
+        keep: Keep = Keep(),  # noqa: B008
+        *,
+        timeout_seconds: int = 1200,
+    ):
         self.directory = StepDirectory(directory)
         self.problems: list[str] = []  # checkpoints that the last restore had to pass over
         self._keep = keep
@@ -169,7 +176,20 @@ class Checkpointer:
         steps = self.steps()
         metrics = {s: self._metrics(s) for s in steps} if self._keep.best else {}
         for step in set(steps) - self._keep.wanted(steps, metrics):
-            self.directory.delete(step)
+            self.directory.delete(self.directory.path(step))
+        superseded = self.directory.superseded()
+        if superseded:
+            wanted = self._keep.wanted_superseded(
+                set(superseded.values()), [s for s in self.steps() if self._is_readable(s)]
+            )
+            for path in (p for p, step in superseded.items() if step not in wanted):
+                self.directory.delete(path)
+
+    def _is_readable(self, step: int) -> bool:
+        try:
+            return self.manifest(step).step == step
+        except (CorruptCheckpoint, UserError):  # damaged, or of another version's format
+            return False
 
     def _metrics(self, step: int) -> dict[str, float]:
         try:
@@ -191,16 +211,19 @@ class Checkpointer:
 
     # ---- restoring ---------------------------------------------------------------------------
 
-    def restore(self, abstract_state: Any, step: int | None = None) -> Restored:
+    def restore(
+        self, abstract_state: Any, step: int | None = None, *, before: int | None = None
+    ) -> Restored:
         """The newest checkpoint that validates, or exactly `step`, laid out as `abstract_state`.
 
-        `abstract_state` is a pytree of ShapeDtypeStructs with shardings (or of arrays). A corrupt
-        checkpoint is named in a warning and in `problems`, and the one before it is used; with
-        `step` given it is an error instead. Raises UserError where nothing can be used, or where
-        the checkpoint holds another experiment's state (which never counts as corruption).
+        `abstract_state` is a pytree of ShapeDtypeStructs with shardings (or of arrays). With
+        `before`, only checkpoints of earlier steps are looked at. A corrupt checkpoint is named
+        in a warning and in `problems`, and the one before it is used; with `step` given it is an
+        error instead. Raises UserError where nothing can be used, or where the checkpoint holds
+        another experiment's state (which never counts as corruption).
         """
         wanted = named_leaves(abstract_state)
-        found = self._restore(wanted, step, check_structure)
+        found = self._restore(wanted, step, check_structure, before)
         self._base = found.step
         treedef = jax.tree.structure(abstract_state)
         return found._replace(state=jax.tree.unflatten(treedef, found.state.values()))
@@ -212,13 +235,14 @@ class Checkpointer:
         """
         return self._restore(wanted, step, check_leaves)
 
-    def _restore(self, wanted, step, check) -> Restored:
+    def _restore(self, wanted, step, check, before: int | None = None) -> Restored:
         self.wait()
         self._written, self.problems = None, []
         for path, abstract in wanted.items():
             if getattr(abstract, "sharding", None) is None:
                 raise ValueError(f"restore: the abstract leaf {path} needs a sharding")
-        candidates = processes.from_first(self.steps()[::-1] if step is None else [step])
+        newest_first = [s for s in self.steps()[::-1] if before is None or s < before]
+        candidates = processes.from_first(newest_first if step is None else [step])
         for candidate in candidates:
             try:
                 manifest = self.manifest(candidate)
@@ -229,7 +253,7 @@ class Checkpointer:
                 self._note(candidate, error)
             else:
                 return Restored(state, manifest.extra, candidate)
-        raise UserError(self._nothing_usable(step))
+        raise UserError(self._nothing_usable(step, before))
 
     def _note(self, step: int, error: CorruptCheckpoint) -> None:
         self.problems.append(f"step {step}: {error}")
@@ -237,12 +261,11 @@ class Checkpointer:
             "the checkpoint %s is corrupt and is not used: %s", self.directory.path(step), error
         )
 
-    def _nothing_usable(self, step: int | None) -> str:
+    def _nothing_usable(self, step: int | None, before: int | None) -> str:
+        none = "no checkpoint" if before is None else f"no checkpoint before step {before}"
         if not self.problems:
-            return (
-                f"there is no checkpoint in {self.directory.root}; train first, or check the path"
-            )
-        which = "no checkpoint" if step is None else f"the checkpoint of step {step} is not usable"
+            return f"there is {none} in {self.directory.root}; train first, or check the path"
+        which = none if step is None else f"the checkpoint of step {step} is not usable"
         return (
             f"{which} in {self.directory.root}{' can be used' if step is None else ''}: "
             f"{'; '.join(self.problems)}; restore the files from a copy, or "

@@ -47,7 +47,8 @@ def train(experiment: Experiment, *, name: str, until: int | None = None) -> Fin
     """Trains until `experiment.steps`, from the newest valid checkpoint in its workdir if any.
 
     `name` describes the run in its records; `until` pauses it after that step. Raises UserError
-    for everything the user can put right; what was saved before stays.
+    for everything the user can put right; what was saved before stays. `experiment.check()`
+    finds most of it without the data: call it first.
     """
     workdir = Path(experiment.workdir)
     data = experiment.prepare_data()
@@ -181,17 +182,24 @@ class _Run:
         return self._roll_back(state, done) if metrics["exhausted"] else state
 
     def _roll_back(self, state: TrainState, done: int) -> TrainState:
-        """The newest checkpoint from before the refusals; the data position stays where it is."""
+        """The newest checkpoint that validates from before the refusals; the data go on."""
         limit = self._experiment.guard.max_consecutive_skips
+        refused = f"{limit + 1} steps up to step {done} were refused"
         advice = "lower optimizer.schedule.peak, or look at the data of these steps"
+        first = done - limit  # the step that was refused first
         self._checkpointer.wait()
-        sound = [s for s in self._checkpointer.steps() if s < done - limit]
-        if not sound or self._rolled_back_to == sound[-1]:
-            when = "again after a roll-back" if sound else "and no checkpoint is from before them"
-            raise UserError(f"{limit + 1} steps up to step {done} were refused, {when}: {advice}")
-        restored = self._checkpointer.restore(with_sharding(state), step=sound[-1])
+        if not any(step < first for step in self._checkpointer.steps()):
+            raise UserError(f"{refused}, and no checkpoint is from before them: {advice}")
+        try:
+            restored = self._checkpointer.restore(with_sharding(state), before=first)
+        except UserError as error:
+            raise UserError(f"{refused}, and {error}") from error
+        if restored.step == self._rolled_back_to:
+            raise UserError(f"{refused}, again after a roll-back: {advice}")
         self._rolled_back_to = restored.step
         text = f"rolled back to the parameters of step {restored.step}; data go on at {done}"
+        if self._checkpointer.problems:
+            text += f"; corrupt and not used: {'; '.join(self._checkpointer.problems)}"
         _log.warning(text)
         self._records.write("event", done, {"event": "rollback", "text": text})
         return dataclasses.replace(restored.state, step=state.step)

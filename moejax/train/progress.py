@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TextIO
+from io import TextIOBase
 
+from jaxtyping import ArrayLike, Float
 from tqdm import tqdm
 
 
@@ -24,7 +25,7 @@ class Progress:
         total: int,
         *,
         initial: int = 0,
-        stream: TextIO | None = None,
+        stream: TextIOBase | None = None,
         line_seconds: float = 10.0,
     ):
         self._total, self._initial = total, initial
@@ -35,7 +36,7 @@ class Progress:
         self._waiting: str | None = None  # the newest line that was not due yet
         self._bar = self._make_bar() if self._stream.isatty() else None
 
-    def update(self, step: int, *, loss: float, tokens_per_second: float) -> None:
+    def update(self, step: int, *, loss: Float[ArrayLike, ""], tokens_per_second: float) -> None:
         """`step` steps are finished; call it as often as you like."""
         if self._bar is not None:
             self._bar.set_postfix_str(_figures(loss, tokens_per_second), refresh=False)
@@ -85,5 +86,5 @@ class Progress:
         self._last_line, self._waiting = time.monotonic(), None
 
 
-def _figures(loss: float, tokens_per_second: float) -> str:
+def _figures(loss: Float[ArrayLike, ""], tokens_per_second: float) -> str:
     return f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"

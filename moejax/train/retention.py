@@ -1,10 +1,17 @@
-"""Which checkpoints to keep."""
+"""Which checkpoints to keep.
+
+A run that goes on from an earlier step sets aside the later checkpoints as `*.superseded`. Such a
+step is kept until the new timeline has `last` checkpoints of that step or later on storage, each
+with a manifest that is as it was written: as many as the run has to fall back on at any time.
+Before that the newest sound state may be the one that was set aside. `every` and `best` do not
+apply to it, and with `last=None` it is kept for good.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from moejax.errors import UserError
 
@@ -36,3 +43,8 @@ class Keep:
         values = {step: metrics.get(step, {}).get(self.metric) for step in steps}
         finite = [s for s, v in values.items() if isinstance(v, int | float) and math.isfinite(v)]
         return kept | set(sorted(finite, key=lambda s: (values[s], -s))[: self.best])
+
+    def wanted_superseded(self, superseded: Collection[int], steps: Sequence[int]) -> set[int]:
+        """The steps to keep out of `superseded`; `steps` are the readable ones of the timeline."""
+        enough = len(steps) + 1 if self.last is None else self.last
+        return {step for step in superseded if sum(s >= step for s in steps) < enough}

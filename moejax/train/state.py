@@ -32,7 +32,10 @@ class TrainState:
 
 
 def init_state(
-    model: Transformer, optimizer: optax.GradientTransformation, guard: Guard, seed: int
+    model: Transformer,
+    optimizer: optax.GradientTransformation,
+    guard: Guard,
+    seed: Int[Array, ""] | int,
 ) -> TrainState:
     """A fresh state; parameters and everything random in training come from `seed`."""
     init_key, train_key = jax.random.split(jax.random.key(seed))

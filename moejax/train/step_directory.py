@@ -2,7 +2,8 @@
 
 `step_00000010` is a checkpoint. `*.orbax-checkpoint-tmp*` and `*.deleting` are leftovers of a
 killed process: never read, and removed by `clean`. `*.superseded` are checkpoints of a
-timeline that a run left by resuming from an earlier step: never read and never removed.
+timeline that a run left by going on from an earlier step: never read, and deleted by the rule in
+`retention.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from etils import epath
 
 _log = logging.getLogger(__name__)
 _STEP = re.compile(r"step_(\d+)")
-_LEFTOVER = re.compile(r"step_\d+\.(orbax-checkpoint-tmp.*|deleting)")
+_SUPERSEDED = re.compile(r"step_(\d+)\.superseded(\.\d+)?")
+_LEFTOVER = re.compile(r"step_\d+\.(orbax-checkpoint-tmp.*|(superseded\.(\d+\.)?)?deleting)")
 
 
 class StepDirectory:
@@ -24,7 +26,7 @@ class StepDirectory:
     looks like the latest step.
     """
 
-    def __init__(self, directory: str):
+    def __init__(self, directory: epath.PathLike):
         text = str(directory)
         self.root = epath.Path(text) if "://" in text else epath.Path(text).resolve()
 
@@ -38,6 +40,11 @@ class StepDirectory:
             return []
         found = (_STEP.fullmatch(path.name) for path in self.root.iterdir())
         return sorted(int(match[1]) for match in found if match)
+
+    def superseded(self) -> dict[epath.Path, int]:
+        """Every checkpoint that was set aside, and its step."""
+        found = {path: _SUPERSEDED.fullmatch(path.name) for path in self.root.iterdir()}
+        return {path: int(match[1]) for path, match in found.items() if match}
 
     def make(self) -> None:
         """Makes the directory and, to be sure, a file in it. Raises OSError where it cannot."""
@@ -62,11 +69,11 @@ class StepDirectory:
         path.rename(target)
         _log.warning("this run goes on from an earlier step: %s is now %s", path, target.name)
 
-    def delete(self, step: int) -> None:
-        """Deletes the checkpoint of `step`; a failure is a warning, for nothing depends on it."""
-        doomed = self.root / f"{self.path(step).name}.deleting"
+    def delete(self, path: epath.Path) -> None:
+        """Deletes a checkpoint; a failure is a warning, for nothing depends on it."""
+        doomed = self.root / f"{path.name}.deleting"
         try:  # renamed first, so that half a deletion never looks like a checkpoint
-            self.path(step).rename(doomed)
+            path.rename(doomed)
             doomed.rmtree()
         except OSError as error:
-            _log.warning("the old checkpoint %s could not be deleted: %s", self.path(step), error)
+            _log.warning("the old checkpoint %s could not be deleted: %s", path, error)

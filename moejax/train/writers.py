@@ -16,7 +16,7 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -27,6 +27,7 @@ KINDS = ("run", "train", "eval", "event")
 _BY_STEP = ("train", "eval")  # kinds that a resumed run writes again
 
 
+@runtime_checkable
 class Writer(Protocol):
     """What the loop needs of a writer."""
 

@@ -95,7 +95,7 @@ def test_decoding_token_by_token_equals_the_whole(case):
 
 
 def test_gradients_are_finite_and_reach_every_parameter(case):
-    loss = lambda v: jnp.sum(jnp.sin(case.call(v, case.x, case.context)))
+    loss = lambda v: jnp.sum(jnp.sin(case.call(v, jnp.asarray(case.x), case.context)))
     for leaf in jax.tree.leaves(quick_jit(jax.grad(loss))(case.variables)):
         assert np.isfinite(leaf).all()
         assert np.abs(leaf).max() > 0

@@ -22,6 +22,7 @@ def routing_of(experts, probs):
     experts = np.reshape(experts, (-1, np.shape(experts)[-1]))
     probs = np.reshape(probs, (-1, NUM_EXPERTS)).astype(np.float32)
     weights = np.ones(experts.shape, np.float32)
+    experts, weights, probs = map(jnp.asarray, (experts, weights, probs))
     return Routing(experts=experts, weights=weights, probs=probs, logits=probs, extras={})
 
 

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from moejax.commands import arguments, main
+from moejax.data.pipeline import Data
 from moejax.data.tokenizer import load
 from moejax.train.checkpoint import Checkpointer
 
@@ -33,8 +34,8 @@ def finished(tmp_path, cache, capsys):
 def error_of(capsys, *words):
     assert main(list(words)) == 2
     text = capsys.readouterr().err
-    assert text.splitlines()[-1].startswith("error: ")
-    assert "Traceback" not in text
+    assert text.startswith("error: ")
+    assert text.count("\n") == 1
     return text
 
 
@@ -102,6 +103,26 @@ def test_bad_input_is_one_clear_sentence(tmp_path, cache, capsys, override, mess
     swap = ["data.train=moejax.data.source:TextFiles"] if "data.train.path" in override else []
     words = ["train", TINY, f"workdir={tmp_path / 'run'}", *swap, override]
     assert message in error_of(capsys, *words)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.block.ffn.router.k=99", "router.k=99"),
+        ("optimizer.schedule.warmup_steps=9", "warmup_steps"),
+        ("model.block.attention.query_blocks=0", "query_blocks=0"),
+    ],
+)
+def test_what_needs_no_data_is_refused_before_any_is_read(
+    tmp_path, monkeypatch, capsys, override, message
+):
+    monkeypatch.setenv("MOEJAX_CACHE", str(tmp_path / "cache"))
+    read = lambda *_: pytest.fail("the data were read before the model was checked")
+    monkeypatch.setattr(Data, "prepare", read)
+    words = ["train", TINY, f"workdir={tmp_path / 'run'}"]
+    assert message in error_of(capsys, *words, override)
+    assert not (tmp_path / "cache" / "documents").exists()
+    assert not list((tmp_path / "run").iterdir())  # the right config may still have the folder
 
 
 @pytest.mark.slow

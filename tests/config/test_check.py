@@ -8,9 +8,12 @@ import flax.linen as nn
 import pytest
 import toy_experiment as toy
 
+from moejax.attention.full import FullAttention
+from moejax.config import paths
 from moejax.config.build import build_config
 from moejax.config.check import check_config, duplicate_quantities
 from moejax.errors import UserError
+from moejax.layers.linear import Linear
 
 
 @pytest.fixture
@@ -99,6 +102,31 @@ class _Shares(nn.Module):
 def test_a_module_as_class_level_default(config):
     config.extra = fdl.Config(_Shares)
     assert "_Shares has a Top object as the default of 'router'" in error_of(config)
+
+
+def test_a_field_that_the_owner_of_a_prototype_sets(config):
+    config.extra = fdl.Config(toy.Projects, projection=fdl.Config(toy.Projection, scale=2.0))
+    assert check_config(config) is config
+    config.extra.projection.width = 7
+    message = (
+        "extra.projection.width has no effect: toy_experiment:Projects sets it in every copy that "
+        "it makes of extra.projection; leave it out"
+    )
+    assert error_of(config) == message
+    config.extra = fdl.Config(toy.Projects, projection=toy.Projection(width=7))
+    assert error_of(paths.as_config(config)) == message
+    config.extra, config.note = None, (fdl.Config(toy.Projection, width=7),)
+    assert "note.0.width has no effect: toy_experiment:Run sets it" in error_of(config)
+
+
+def test_the_projections_of_a_model_cannot_be_given_a_width():
+    config = fdl.Config(FullAttention, num_heads=2, num_kv_heads=1, linear=fdl.Config(Linear))
+    assert check_config(config) is config
+    for name, value in (("features", 7), ("use_bias", True), ("axes", ("embed", "heads"))):
+        config.linear = fdl.Config(Linear, **{name: value})
+        assert f"linear.{name} has no effect: moejax.attention.full:FullAttention" in error_of(
+            config
+        )
 
 
 def test_a_refused_value_names_its_component(config):

@@ -235,3 +235,12 @@ def test_an_initialiser_given_by_its_factory_is_built():
 )
 def test_an_unknown_component_names_the_nearest(symbol, message):
     assert message in error_of(f"block.ffn.router={symbol}")
+
+
+def test_a_field_that_the_owner_of_a_prototype_sets_names_the_owner():
+    swap = "extra=toy_experiment:Projects"
+    assert overridden(swap, "extra.projection.scale=2").extra.projection.scale == 2.0
+    assert error_of(swap, "extra.projection.width=7") == (
+        "extra.projection.width has no effect: toy_experiment:Projects sets it in every copy that "
+        "it makes of extra.projection; leave it out"
+    )

@@ -187,3 +187,13 @@ def test_a_run_folder_is_loaded_and_overridden(tmp_path):
     assert load_config(tmp_path / "config.json").steps == 100
     with pytest.raises(UserError, match="holds a stored config and no function"):
         load_config(f"{tmp_path}:smoke")
+
+
+def test_an_older_default_of_what_the_owner_of_a_prototype_sets_is_no_change():
+    config = toy.config.as_buildable()
+    config.extra = fdl.Config(toy.Projects)
+    document = json.loads(dump_config(config, {}))
+    projection = document["config"]["args"]["extra"]["defaults"]["projection"]
+    assert "width" not in projection["defaults"]
+    projection["defaults"]["width"] = 3  # as an earlier version would have written it
+    assert check_config(load_dumped(json.dumps(document), trusted=True)) == config

@@ -95,3 +95,12 @@ def test_diff_names_each_path_that_differs():
         "block.ffn.router.normalise: True -> (none)\n"
         "block.ffn.router.capacity: (none) -> 1.25\n"
     )
+
+
+def test_a_field_that_the_owner_of_a_prototype_sets_is_not_shown():
+    config = apply_overrides(toy.config.as_buildable(), ["extra=toy_experiment:Projects"])
+    shown = [line for line in config_text(config).splitlines() if line.startswith("extra.")]
+    assert shown == [
+        "extra.projection = toy_experiment:Projection",
+        "extra.projection.scale = 1.0",
+    ]

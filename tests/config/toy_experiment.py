@@ -48,6 +48,15 @@ class NoRouter(nn.Module):
         return x
 
 
+class Projection(nn.Module):
+    width: int = dataclasses.field(default=0, metadata={"set_by_owner": True})
+    scale: float = 1.0
+
+
+class Projects(nn.Module):
+    projection: nn.Module = dataclasses.field(default_factory=Projection)
+
+
 class FFN(nn.Module):
     num_experts: int
     router: Router = dataclasses.field(default_factory=Top)

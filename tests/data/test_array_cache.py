@@ -1,6 +1,9 @@
 import errno
 import logging
+import os
 import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -121,6 +124,86 @@ def test_a_failed_build_leaves_nothing(tmp_path):
     with pytest.raises(RuntimeError, match="killed"):
         entry(tmp_path, build)
     assert list((tmp_path / "x").iterdir()) == []
+
+
+_CHILD = """
+import pathlib, sys, time
+import numpy as np
+from moejax.data.cache import open_or_build
+
+def build(writer):
+    writer.append("a", np.arange(5))
+    print("building", flush=True)
+    sys.stdin.readline()
+    return {}
+
+open_or_build(pathlib.Path(sys.argv[1]) / "x" / "theirs", "f", build, what="theirs")
+"""
+
+
+@pytest.fixture
+def child(tmp_path):
+    """Another process in the middle of a build; a line on its stdin lets it go on."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", _CHILD, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=pathlib.Path(__file__).parents[2],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+    assert process.stdout.readline() == "building\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def names(tmp_path):
+    return sorted(p.name.split("-")[0] for p in (tmp_path / "x").iterdir())
+
+
+def test_what_a_killed_build_has_left_goes_with_the_next_one(tmp_path, child):
+    assert names(tmp_path) == [".building"]
+    child.kill()
+    child.wait()
+    assert names(tmp_path) == [".building"]
+    entry(tmp_path, Builds())
+    assert names(tmp_path) == ["entry"]
+
+
+def test_the_build_of_a_living_process_is_not_touched(tmp_path, child):
+    for fingerprint in ("f", "g"):
+        entry(tmp_path, Builds(), fingerprint)
+    assert names(tmp_path) == [".building", "entry"]
+    child.communicate("go on\n", timeout=60)
+    assert child.returncode == 0
+    assert names(tmp_path) == ["entry", "theirs"]
+
+
+@pytest.mark.parametrize("owner", ["another-machine", None])
+def test_what_may_belong_to_a_living_process_elsewhere_stays(tmp_path, owner):
+    workspace = tmp_path / "x" / ".building-theirs-1"
+    workspace.mkdir(parents=True)
+    if owner is not None:
+        (workspace / "owner").write_text(owner)
+    entry(tmp_path, Builds())
+    assert names(tmp_path) == [".building", "entry"]
+
+
+def test_without_locks_a_build_works_and_is_never_taken_for_abandoned(tmp_path, monkeypatch):
+    def unsupported(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    def build(writer):
+        with monkeypatch.context() as patch:  # the other process finds locks that work
+            patch.setattr(cache_module.fcntl, "flock", working)
+            open_or_build(tmp_path / "x" / "other", "f", Builds(), what="the other")
+        return Builds()(writer)
+
+    working = cache_module.fcntl.flock
+    monkeypatch.setattr(cache_module.fcntl, "flock", unsupported)
+    entry(tmp_path, build)
+    assert names(tmp_path) == ["entry", "other"]
 
 
 def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):

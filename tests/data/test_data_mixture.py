@@ -49,7 +49,7 @@ def test_golden():
     ]
 
 
-def test_bad_weights_are_errors():
+def test_bad_weights_are_errors(unchecked):
     source = object()
     with pytest.raises(DataError, match="one weight per source"):
         Mixture(sources=(source,), weights=(1.0, 2.0)).check()

@@ -13,7 +13,7 @@ def test_equals_numpy(gated):
     mlp = DenseGLU(d_ff=5, use_bias=True, gated=gated)
     context = make_context(np.ones((1, 6), bool))
     variables = random_variables(mlp, x, context)
-    y = quick_jit(lambda v: mlp.apply(v, x, context))(variables)
+    y = quick_jit(lambda v, x: mlp.apply(v, x, context))(variables, x)
     w = variables["params"]
     project = lambda name, v: v @ np.asarray(w[name]["kernel"]) + np.asarray(w[name]["bias"])
     sigmoid = lambda v: 1 / (1 + np.exp(-v))

@@ -3,6 +3,7 @@ import logging
 import jax
 import pytest
 
+from moejax.errors import UserError
 from moejax.kernels import compat, dispatch
 
 AVAILABLE = ("tile_scan", "xla")
@@ -35,7 +36,7 @@ def test_says_its_choice_once(platform, caplog):
 def test_a_named_implementation_is_used_or_refused(platform):
     platform("tpu")
     assert dispatch.choose("kernel", "tile_scan", AVAILABLE) == "tile_scan"
-    with pytest.raises(ValueError, match="kernel has no implementation 'nope'"):
+    with pytest.raises(UserError, match="kernel has no implementation 'nope'"):
         dispatch.choose("kernel", "nope", AVAILABLE)
 
 

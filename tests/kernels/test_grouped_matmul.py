@@ -272,7 +272,7 @@ def test_tile_scan_forms_no_dense_expansion():
         ({"lhs": jnp.zeros((300, 40), jnp.int32)}, "floating-point lhs; got int32"),
     ],
 )
-def test_errors_name_the_condition(change, message):
+def test_errors_name_the_condition(change, message, unchecked):
     lhs, rhs, _ = operands("float32", GROUPS, False)
     call = {"lhs": lhs, "rhs": rhs, "group_sizes": jnp.zeros(8, jnp.int32)} | change
     with pytest.raises(ValueError, match=message):

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moejax.balance.load_balance import ShardLoadBalance
 from moejax.errors import UserError
 from moejax.experts.dense import DenseGLU
 from tests.contract import float_dtypes, quick_jit
-from tests.models.tiny_model import as_float64, attention, dense, tiny, tokens
+from tests.models.tiny_model import as_float64, attention, dense, moe, tiny, tokens
 
 
 def test_dtype_policies():
@@ -114,7 +115,7 @@ def test_router_state_is_updated_layer_by_layer():
         ({"first_k_dense": 1}, "model.dense_ffn is None"),
     ],
 )
-def test_bad_options_are_one_clear_sentence(options, message):
+def test_bad_options_are_one_clear_sentence(options, message, unchecked):
     with pytest.raises(UserError, match=message):
         tiny(**options)
 
@@ -165,3 +166,12 @@ def test_boundaries_change_how_layers_are_stacked_and_nothing_else():
 def test_a_boundary_outside_the_stack_is_an_error(boundaries):
     with pytest.raises(UserError, match=r"model.boundaries=.* between 1 and .* = 2"):
         dense(num_layers=3, boundaries=boundaries)
+
+
+def test_a_rule_about_several_sequences_does_not_hinder_initialisation():
+    model = tiny(ffn=moe(balance=(ShardLoadBalance(weight=1.0, num_shards=2),)))
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    terms = jax.eval_shape(model.apply, shapes, tokens((2, 4))).terms
+    assert set(terms) == {"balance_shard"}
+    with pytest.raises(UserError, match="num_shards=2 does not divide the 3 sequences"):
+        jax.eval_shape(model.apply, shapes, tokens((3, 4)))

@@ -88,7 +88,7 @@ def test_statistics_count_real_tokens(case):
 def test_topk_uses_every_slot_and_entropy_is_in_nats():
     """A router of zeros is uniform, and ties go to the lower expert."""
     layer, context = moe(shared=None, balance=(Unbalanced(),)), make_context(MASK)
-    x = np.ones((*MASK.shape, 16), np.float32)
+    x = jnp.ones((*MASK.shape, 16))
     variables = random_variables(layer, x, context)
     params = variables["params"] | {"router": {"kernel": jnp.zeros((16, 4))}}
     _, _, stats, _ = quick_jit(lambda p: layer.apply({"params": p}, x, context))(params)
@@ -112,7 +112,7 @@ def test_padding_is_routed_nowhere():
         np.testing.assert_array_equal(values[1:], 0)
 
 
-X = np.zeros((1, 2, 16), np.float32)
+X = jnp.zeros((1, 2, 16))
 CONTEXT = make_context(np.ones((1, 2), bool))
 
 

@@ -89,7 +89,7 @@ def run(layout, variables, *, unroll=1, remat="none"):
 
 
 def kinds(text):
-    return [stack.Layer(block=None, kind=(c,), window=None) for c in text]
+    return [stack.Layer(block=Toy(), kind=(c,), window=None) for c in text]
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,11 @@
 """Next-token loss against numpy, on logits that are given."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.models.transformer import Output
+from moejax.models.transformer import Output, Transformer
 from moejax.objectives.lm import NextToken
 from moejax.types import Batch, mean
 from tests.contract import quick_jit
@@ -18,12 +16,15 @@ LOGITS = np.random.default_rng(0).standard_normal((2, 3, 4)).astype(np.float32)
 TOKEN_BYTES = np.array([1, 2, 3, 0])
 
 
-@dataclasses.dataclass
-class FixedModel:
+class FixedModel(Transformer):
     """Answers with `variables`."""
 
+    def __init__(self):
+        pass
+
     def apply(self, variables, tokens, **kwargs):
-        return Output(logits=variables, terms={"aux": (1.0, 1.0)}, stats={}, cache={})
+        terms = {"aux": (jnp.ones(()), jnp.ones(()))}
+        return Output(logits=variables, terms=terms, stats={}, cache={})
 
     def loss_weights(self):
         return {"aux": 0.5}
@@ -37,8 +38,8 @@ def run(objective, logits=LOGITS, mask=MASK):
         segment_ids=np.ones_like(TARGETS),
         positions=np.zeros_like(TARGETS),
     )
-    call = lambda z: objective(FixedModel(), z, batch, token_bytes=jnp.asarray(TOKEN_BYTES))
-    return quick_jit(call)(logits)
+    call = lambda z, batch: objective(FixedModel(), z, batch, token_bytes=TOKEN_BYTES)
+    return quick_jit(call)(logits, batch)
 
 
 def log_softmax(z):

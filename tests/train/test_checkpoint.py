@@ -170,6 +170,41 @@ def test_resuming_from_an_earlier_step_leaves_the_later_timeline_without_losing_
     assert restored_step(tmp_path)[0] == 25
 
 
+def test_what_was_set_aside_goes_once_the_new_timeline_can_stand_alone(tmp_path):
+    def names():
+        return sorted(p.name.removeprefix("step_000000") for p in tmp_path.iterdir())
+
+    def save(step):
+        checkpointer.save(step, make_state(step), {"position": step})
+        checkpointer.wait()
+
+    save_steps(tmp_path, [10, 20, 30])
+    with Checkpointer(tmp_path, Keep(last=2)) as checkpointer:
+        checkpointer.restore(abstract(make_state()), step=10)
+        save(25)
+        assert names() == ["10", "20.superseded", "25", "30.superseded"]
+        save(26)
+        assert names() == ["25", "26", "30.superseded"]
+        (tmp_path / "step_00000026/manifest/manifest.json").write_text("{")
+        save(30)
+        save(35)  # two at or after 30, so that nothing hangs on what was set aside
+        assert names() == ["30", "35"]
+
+
+def test_a_corrupt_checkpoint_does_not_make_what_was_set_aside_superfluous(tmp_path):
+    save_steps(tmp_path, [10, 20])
+    with Checkpointer(tmp_path, Keep(last=2)) as checkpointer:
+        checkpointer.restore(abstract(make_state()), step=10)
+        checkpointer.save(20, make_state(20), {"position": 20})
+        checkpointer.wait()
+        (tmp_path / "step_00000020/manifest/manifest.json").write_text("{")
+        checkpointer.save(21, make_state(21), {"position": 21})
+        checkpointer.wait()
+        assert (tmp_path / "step_00000020.superseded").is_dir()
+        checkpointer.save(22, make_state(22), {"position": 22})
+    assert not list(tmp_path.glob("*.superseded"))
+
+
 def test_saving_the_same_step_twice_does_nothing(tmp_path):
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(10, make_state(10), {"position": 10})

@@ -151,6 +151,29 @@ def test_an_explicit_step_never_falls_back(tmp_path):
             checkpointer.manifest(20)
 
 
+def test_restoring_from_before_a_step_falls_back_and_never_looks_later(tmp_path):
+    save_steps(tmp_path, [10, 20, 30])
+    target = abstract(make_state())
+    with Checkpointer(tmp_path) as checkpointer:
+        assert checkpointer.restore(target, before=30).step == 20
+        (tmp_path / "step_00000020/manifest/manifest.json").write_text("{")
+        assert checkpointer.restore(target, before=30).step == 10
+        assert checkpointer.problems == ["step 20: its manifest is not readable"]
+        (tmp_path / "step_00000010/manifest/manifest.json").write_text("{")
+        with pytest.raises(UserError, match="no checkpoint before step 30 .*step 20: .*step 10: "):
+            checkpointer.restore(target, before=30)
+        with pytest.raises(UserError, match="there is no checkpoint before step 5 in"):
+            checkpointer.restore(target, before=5)
+
+
+def test_half_a_deletion_of_what_was_set_aside_is_cleared(tmp_path):
+    save_steps(tmp_path, [10])
+    for name in ("step_00000005.superseded.deleting", "step_00000005.superseded.1.deleting"):
+        (tmp_path / name).mkdir()
+    save_steps(tmp_path, [20])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000010", "step_00000020"]
+
+
 def test_empty_directory(tmp_path):
     with Checkpointer(tmp_path / "new") as checkpointer:
         assert checkpointer.steps() == []

@@ -130,6 +130,43 @@ def test_too_many_refusals_roll_back_and_data_go_on(smoke):
     assert texts == ["rolled back to the parameters of step 4; data go on at 6"]
 
 
+def _refused_at_5_and_6(smoke, name):
+    overrides = ("steps=7", "checkpoint_every=2", "guard.max_consecutive_skips=1", "keep_last=5")
+    experiment = smoke(name, *overrides)
+    return dataclasses.replace(experiment, objective=NotFiniteAt(first=4, last=5))
+
+
+def _damage_before_restoring(monkeypatch, *steps):
+    restore = Checkpointer.restore
+
+    def damaged(self, *args, **kwargs):
+        for step in steps:
+            (self.directory.path(step) / "manifest" / "manifest.json").write_text("{")
+        return restore(self, *args, **kwargs)
+
+    monkeypatch.setattr(Checkpointer, "restore", damaged)
+
+
+def test_a_roll_back_passes_over_a_corrupt_checkpoint_and_names_it(smoke, monkeypatch):
+    experiment = _refused_at_5_and_6(smoke, "damaged")
+    _damage_before_restoring(monkeypatch, 4)
+    assert train(experiment, name="damaged").step == 7
+    (text,) = [
+        r["values"]["text"] for r in records(experiment) if r["values"].get("event") == "rollback"
+    ]
+    assert text == (
+        "rolled back to the parameters of step 2; data go on at 6; "
+        "corrupt and not used: step 4: its manifest is not readable"
+    )
+
+
+def test_a_roll_back_without_a_sound_checkpoint_is_an_error(smoke, monkeypatch):
+    experiment = _refused_at_5_and_6(smoke, "all-damaged")
+    _damage_before_restoring(monkeypatch, 2, 4)
+    with pytest.raises(UserError, match="steps up to step 6 were refused.*step 4: .*step 2: "):
+        train(experiment, name="all-damaged")
+
+
 def test_refusals_without_end_are_an_error_that_names_the_way_out(smoke):
     experiment = smoke("hopeless", "steps=9", "guard.max_consecutive_skips=1")
     experiment = dataclasses.replace(experiment, objective=NotFiniteAt(first=0, last=99))

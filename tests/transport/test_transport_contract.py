@@ -34,6 +34,7 @@ def inputs():
     gate = np.where(experts < NUM_EXPERTS, rng.random((NUM_TOKENS, K)), 0).astype(np.float32)
     probs = jnp.full((NUM_TOKENS, NUM_EXPERTS), 1 / NUM_EXPERTS)
     experts = jnp.asarray(experts, jnp.int32)
+    gate = jnp.asarray(gate)
     routing = Routing(experts=experts, weights=gate, probs=probs, logits=probs, extras={})
     return x, routing, weights
 

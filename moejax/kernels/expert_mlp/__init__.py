@@ -41,7 +41,7 @@ def expert_mlp(
     experts: Int[Array, "T K"],
     weights: Float[Array, "T K"],
     *,
-    biases: Biases | None = None,
+    biases: tuple[Float[Array, "E F"], Float[Array, "E F"], Float[Array, "E D"]] | None = None,
     activation: str = "silu",
     implementation: str | None = None,
 ) -> Float[Array, "T D"]:
@@ -62,13 +62,13 @@ def expert_mlp(
       w_gate, w_up, w_down: the experts' matrices.
       experts: the chosen experts' ids.
       weights: what each choice counts for.
-      biases: on the three projections; all or none.
+      biases: on the three projections, in the order of `Biases`; all or none.
       activation: a key of `activations.GLU_ACTIVATIONS`.
       implementation: a key of `IMPLEMENTATIONS`, or None to let `dispatch.choose` pick.
 
     Raises:
-      UserError: an unknown activation.
-      ValueError: shapes that do not fit, or an unknown implementation.
+      UserError: an unknown activation or implementation.
+      ValueError: shapes that do not fit.
     """
     biases = None if biases is None else Biases(*biases)
     _check(x, w_gate, w_up, w_down, experts, weights, biases)

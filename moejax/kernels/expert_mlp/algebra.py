@@ -20,7 +20,7 @@ The three products are passed in: plain matmuls for the rows of one expert, grou
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,7 @@ class Weights(NamedTuple):
     down_bias: Array | None
 
 
+@runtime_checkable
 class Products(Protocol):
     """Products of rows with the weights of their experts, accumulated in at least float32."""
 

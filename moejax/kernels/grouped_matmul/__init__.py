@@ -24,7 +24,7 @@ IMPLEMENTATIONS: dict[str, ModuleType] = {"tile_scan": tile_scan, "xla": xla}
 
 def grouped_matmul(
     lhs: Float[Array, "R K"],
-    rhs: Float[Array, "G K N"],
+    rhs: Float[Array, "G K N"] | Float[Array, "G N K"],
     group_sizes: Int[Array, " all"],
     *,
     group_offset: Int[Array, ""] | int | None = None,
@@ -53,7 +53,8 @@ def grouped_matmul(
       implementation: a key of `IMPLEMENTATIONS`, or None to let `dispatch.choose` pick.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit, or an unknown implementation.
+      ValueError: shapes or dtypes that do not fit.
+      UserError: an unknown implementation.
     """
     _check(lhs, rhs, group_sizes, group_offset, transpose_rhs)
     name = dispatch.choose("grouped_matmul", implementation, IMPLEMENTATIONS)
