@@ -71,7 +71,7 @@ def config() -> Experiment:
         optimizer=AdamW(schedule=WarmupCosine(peak=3e-3, warmup_steps=60, final_fraction=0.0)),
         objective=NextToken(),
         guard=Guard(),
-        steps=800,
+        steps=640,
         batch_size=4,
         sequence_length=256,
         workdir="runs/tiny",
