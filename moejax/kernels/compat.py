@@ -5,7 +5,10 @@ Verified with jax 0.10.2 and 0.12.0.1.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -54,6 +57,32 @@ def matmul(x: Array, w: Array, *, preferred_element_type: Any = None) -> Array:
     if x.ndim <= 2 or target_platform() != "cpu":
         return multiply(x, w)
     return multiply(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], w.shape[-1])
+
+
+_interpretation: contextvars.ContextVar[Any] = contextvars.ContextVar(
+    "interpretation", default=None
+)
+
+
+@contextlib.contextmanager
+def interpret_tpu(**options: Any) -> Iterator[None]:
+    """Within it TPU kernels run on any platform, in Pallas's simulator of a TPU, for tests.
+
+    Args:
+      **options: of `pltpu.InterpretParams`, e.g. `detect_races=True`.
+    """
+    from jax.experimental.pallas import tpu as pltpu  # a second of import, for tests alone
+
+    token = _interpretation.set(pltpu.InterpretParams(**options))
+    try:
+        yield
+    finally:
+        _interpretation.reset(token)
+
+
+def interpretation() -> Any:
+    """What `pallas_call(interpret=...)` needs here; None outside `interpret_tpu`."""
+    return _interpretation.get()
 
 
 def compiler_options() -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from moejax.errors import UserError
 from moejax.kernels import compat
@@ -16,7 +16,12 @@ from moejax.kernels import compat
 _log = logging.getLogger(__name__)
 
 
-def choose(kernel: str, named: str | None, available: Collection[str]) -> str:
+def choose(
+    kernel: str,
+    named: str | None,
+    available: Collection[str],
+    obstacle: Callable[[str], str | None] = lambda name: None,
+) -> str:
     """The implementation to run: `named`, or the best one that has passed its tests here.
 
     The platform is read at trace time (`compat.target_platform`) and not with
@@ -27,9 +32,10 @@ def choose(kernel: str, named: str | None, available: Collection[str]) -> str:
       kernel: the public function's name, for messages.
       named: what the caller asked for, or None.
       available: the implementations that this kernel has.
+      obstacle: says why an implementation cannot serve this call, or None.
 
     Raises:
-      UserError: `named` is not one of `available`.
+      UserError: `named` is not one of `available`, or cannot serve.
     """
     if named is None:
         return _default(kernel, compat.target_platform())
@@ -38,6 +44,8 @@ def choose(kernel: str, named: str | None, available: Collection[str]) -> str:
             f"{kernel} has no implementation {named!r}; use one of "
             f"{', '.join(sorted(available))}, or None to let it choose"
         )
+    if (reason := obstacle(named)) is not None:
+        raise UserError(f"{kernel}: implementation {named!r} cannot serve this call: {reason}")
     return named
 
 

@@ -15,11 +15,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moejax.kernels import compat, dispatch
-from moejax.kernels.grouped_matmul import tile_scan, xla
+from moejax.kernels.grouped_matmul import tile_scan, tpu, xla
 from moejax.kernels.grouped_matmul.groups import local_groups
 
-# Each module has forward, grad_lhs and grad_rhs, which share the contract of `grouped_matmul`.
-IMPLEMENTATIONS: dict[str, ModuleType] = {"tile_scan": tile_scan, "xla": xla}
+# Each module has forward, grad_lhs and grad_rhs, which share the contract of `grouped_matmul`, and
+# obstacle(dtype), which says why it cannot serve a call, or None.
+IMPLEMENTATIONS: dict[str, ModuleType] = {"tile_scan": tile_scan, "xla": xla, "tpu": tpu}
 
 
 def grouped_matmul(
@@ -54,10 +55,11 @@ def grouped_matmul(
 
     Raises:
       ValueError: shapes or dtypes that do not fit.
-      UserError: an unknown implementation.
+      UserError: an unknown implementation, or one that cannot serve this call.
     """
     _check(lhs, rhs, group_sizes, group_offset, transpose_rhs)
-    name = dispatch.choose("grouped_matmul", implementation, IMPLEMENTATIONS)
+    obstacle = lambda name: IMPLEMENTATIONS[name].obstacle(jnp.result_type(lhs, rhs))
+    name = dispatch.choose("grouped_matmul", implementation, IMPLEMENTATIONS, obstacle)
     dtype = jnp.dtype(preferred_element_type or jnp.result_type(lhs, rhs))
     if 0 in (lhs.shape[0], *rhs.shape):
         return jnp.zeros((lhs.shape[0], rhs.shape[1 if transpose_rhs else 2]), dtype)

@@ -15,6 +15,10 @@ from moejax.kernels.tiles import plan_tiles, scan_tiles
 from moejax.types import at_least_f32
 
 
+def obstacle(dtype) -> str | None:
+    """None: serves every dtype on every platform."""
+
+
 def forward(lhs: Array, rhs: Array, groups: LocalGroups, *, transpose_rhs: bool, dtype) -> Array:
     """out[r] = lhs[r] @ rhs[group of r] (its transpose if `transpose_rhs`); `[R, N]`."""
     contract = ((1,), (1 if transpose_rhs else 0,))

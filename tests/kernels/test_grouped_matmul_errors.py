@@ -1,0 +1,34 @@
+"""What grouped_matmul refuses, and how it says so."""
+
+import jax.numpy as jnp
+import pytest
+
+from moejax.errors import UserError
+from moejax.kernels.grouped_matmul import grouped_matmul
+
+LHS, RHS, SIZES = jnp.zeros((300, 40)), jnp.zeros((8, 40, 72)), jnp.zeros(8, jnp.int32)
+
+
+@pytest.mark.parametrize(
+    "dtype, reason",
+    [("float32", "runs on TPU, and this is cpu"), ("float16", "not in float16")],
+)
+def test_tpu_kernels_say_why_they_cannot_serve(dtype, reason):
+    with pytest.raises(UserError, match=f"grouped_matmul: implementation 'tpu' cannot.*{reason}"):
+        grouped_matmul(LHS.astype(dtype), RHS.astype(dtype), SIZES, implementation="tpu")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"implementation": "cublas"}, "no implementation 'cublas'.*tile_scan, tpu, xla"),
+        ({"transpose_rhs": True}, r"needs lhs and rhs of shapes \[R, K\] and \[G, N, K\]"),
+        ({"group_sizes": jnp.zeros(3, jnp.int32)}, "3 group sizes for 8 matrices.*group_offset"),
+        ({"group_sizes": jnp.zeros(8)}, "vector of integers"),
+        ({"lhs": jnp.zeros((300, 40), jnp.int32)}, "floating-point lhs; got int32"),
+    ],
+)
+def test_errors_name_the_condition(change, message, unchecked):
+    call = {"lhs": LHS, "rhs": RHS, "group_sizes": SIZES} | change
+    with pytest.raises((ValueError, UserError), match=message):
+        grouped_matmul(**call)
