@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from moejax.data.pipeline import Data, Loaders
 from moejax.errors import UserError
+from moejax.kernels import dispatch
 from moejax.models.generate import Sampling
 from moejax.models.transformer import Transformer
 from moejax.objectives.lm import NextToken
@@ -86,6 +87,10 @@ class Experiment:
         with abstract arrays.
         """
         self.data.check(seq_len=self.sequence_length, batch_size=self.batch_size, seed=self.seed)
+        with dispatch.unannounced():
+            self._trace()
+
+    def _trace(self) -> None:
         model = self.build_model(_ANY_VOCABULARY)
         key = jax.random.key(0)
         variables = jax.eval_shape(model.init, key)

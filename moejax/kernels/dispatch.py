@@ -6,14 +6,17 @@ implementation is used or refused, never replaced.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 
 from moejax.errors import UserError
 from moejax.kernels import compat
 
 _log = logging.getLogger(__name__)
+_unannounced = contextvars.ContextVar("unannounced", default=False)
 
 
 def choose(
@@ -38,7 +41,10 @@ def choose(
       UserError: `named` is not one of `available`, or cannot serve.
     """
     if named is None:
-        return _default(kernel, compat.target_platform())
+        name, reason = _default(compat.target_platform())
+        if not _unannounced.get():
+            _announce(f"{kernel}: implementation {name!r} on {reason}")
+        return name
     if named not in available:
         raise UserError(
             f"{kernel} has no implementation {named!r}; use one of "
@@ -49,14 +55,23 @@ def choose(
     return named
 
 
-@functools.cache  # one log line per kernel and platform
-def _default(kernel: str, platform: str) -> str:
+@contextlib.contextmanager
+def unannounced() -> Iterator[None]:
+    """Choices made within are not logged: for tracing something that will not run."""
+    token = _unannounced.set(True)
+    try:
+        yield
+    finally:
+        _unannounced.reset(token)
+
+
+def _default(platform: str) -> tuple[str, str]:
+    """The implementation to take on `platform`, and why."""
     if platform == "tpu":
-        name, reason = "xla", "XLA's ragged dot is a real grouped kernel on TPU"
-    else:
-        name, reason = (
-            "tile_scan",
-            f"XLA's ragged dot computes every group for every row on {platform}",
-        )
-    _log.info("%s: implementation %r on %s: %s", kernel, name, platform, reason)
-    return name
+        return "xla", "tpu: XLA's ragged dot is a real grouped kernel there"
+    return "tile_scan", f"{platform}: XLA's ragged dot computes every group for every row there"
+
+
+@functools.cache  # once per message
+def _announce(message: str) -> None:
+    _log.info(message)

@@ -11,9 +11,9 @@ AVAILABLE = ("tile_scan", "xla")
 
 @pytest.fixture
 def platform(monkeypatch):
-    dispatch._default.cache_clear()
+    dispatch._announce.cache_clear()
     yield lambda name: monkeypatch.setattr(compat, "target_platform", lambda: name)
-    dispatch._default.cache_clear()
+    dispatch._announce.cache_clear()
 
 
 @pytest.mark.parametrize("name, want", [("cpu", "tile_scan"), ("gpu", "tile_scan"), ("tpu", "xla")])
@@ -46,3 +46,13 @@ def test_the_mesh_decides_the_platform():
     assert compat.target_platform() == "cpu"
     with jax.sharding.use_abstract_mesh(mesh):
         assert compat.target_platform() == "tpu"
+
+
+def test_an_unannounced_choice_is_announced_when_it_runs(platform, caplog):
+    platform("cpu")
+    with caplog.at_level(logging.INFO):
+        with dispatch.unannounced():
+            assert dispatch.choose("kernel", None, AVAILABLE) == "tile_scan"
+        assert not caplog.records
+        dispatch.choose("kernel", None, AVAILABLE)
+    assert len(caplog.records) == 1
