@@ -17,7 +17,7 @@ import json
 import pathlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
@@ -86,8 +86,15 @@ class Data:
         self.rows, self.drows = draw(t * k, d), draw(t * k, f)
 
 
-def implementations(known: dict, args: argparse.Namespace) -> list[str]:
+def implementations(known: Iterable[str], args: argparse.Namespace) -> list[str]:
     return [name for name in known if name != "xla" or args.ragged_dot]
+
+
+def can_serve(name: str, args: argparse.Namespace) -> bool:
+    reason = matmul_kernels.obstacle(name, args.dtype)
+    if reason is not None:
+        print(f"grouped_matmul {name} is left out: {reason}")
+    return reason is None
 
 
 def matmul_cases(data: Data, args: argparse.Namespace) -> dict[str, dict[str, Case]]:
@@ -104,6 +111,8 @@ def matmul_cases(data: Data, args: argparse.Namespace) -> dict[str, dict[str, Ca
 
     made = {"dense": cases(jnp.dot)}
     for name in implementations(matmul_kernels.IMPLEMENTATIONS, args):
+        if not can_serve(name, args):
+            continue
         call = lambda a, b, name=name: matmul_kernels.grouped_matmul(
             a, b, sizes, implementation=name
         )

@@ -71,7 +71,7 @@ def interpret_tpu(**options: Any) -> Iterator[None]:
     Args:
       **options: of `pltpu.InterpretParams`, e.g. `detect_races=True`.
     """
-    from jax.experimental.pallas import tpu as pltpu  # a second of import, for tests alone
+    from jax.experimental.pallas import tpu as pltpu  # half a second, for tests alone
 
     token = _interpretation.set(pltpu.InterpretParams(**options))
     try:

@@ -82,6 +82,15 @@ class Tile:
         return jnp.where(inside, rows, other)
 
 
+def group_bounds(
+    group_sizes: Int[Array, " G"], total_rows: int, first_row: Int[Array, ""] | int = 0
+) -> tuple[Int[Array, " G"], Int[Array, " G"]]:
+    """First row of every group and the row behind its last, cut at `total_rows`."""
+    ends = jnp.minimum(first_row + jnp.cumsum(group_sizes.astype(jnp.int32)), total_rows)
+    first = jnp.minimum(jnp.asarray(first_row, jnp.int32), total_rows).reshape(1)
+    return jnp.concatenate([first, ends[:-1]]), ends
+
+
 def plan_tiles(
     group_sizes: Int[Array, " G"], total_rows: int, *, first_row: Int[Array, ""] | int = 0
 ) -> TileList:
@@ -94,8 +103,7 @@ def plan_tiles(
     """
     heights = tuple(h for h in HEIGHTS if h < total_rows) or (total_rows,)
     top, num_groups = heights[-1], group_sizes.shape[0]
-    ends = jnp.minimum(first_row + jnp.cumsum(group_sizes.astype(jnp.int32)), total_rows)
-    starts = jnp.concatenate([jnp.minimum(jnp.asarray([first_row]), total_rows), ends[:-1]])
+    starts, ends = group_bounds(group_sizes, total_rows, first_row)
     tiles_per_group = -(-(ends - starts) // top)
     tile_ends = jnp.cumsum(tiles_per_group)
 

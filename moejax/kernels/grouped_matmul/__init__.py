@@ -7,6 +7,7 @@ every routing. (Gale et al., MegaBlocks, arXiv 2211.15841.)
 from __future__ import annotations
 
 import functools
+import importlib
 from types import ModuleType
 from typing import Any
 
@@ -15,12 +16,22 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moejax.kernels import compat, dispatch
-from moejax.kernels.grouped_matmul import tile_scan, tpu, xla
 from moejax.kernels.grouped_matmul.groups import local_groups
 
-# Each module has forward, grad_lhs and grad_rhs, which share the contract of `grouped_matmul`, and
-# obstacle(dtype), which says why it cannot serve a call, or None.
-IMPLEMENTATIONS: dict[str, ModuleType] = {"tile_scan": tile_scan, "xla": xla, "tpu": tpu}
+IMPLEMENTATIONS = ("tile_scan", "xla", "tpu")
+
+
+def _kernels(implementation: str) -> ModuleType:
+    """Its module: forward, grad_lhs and grad_rhs, with the contract of `grouped_matmul`.
+
+    Imported when first used, because Pallas adds half a second to the start of every command.
+    """
+    return importlib.import_module(f"{__name__}.{implementation}")
+
+
+def obstacle(implementation: str, dtype: Any) -> str | None:
+    """Why `implementation` cannot serve operands of `dtype` here, or None."""
+    return _kernels(implementation).obstacle(dtype)
 
 
 def grouped_matmul(
@@ -51,15 +62,15 @@ def grouped_matmul(
         count as unused.
       transpose_rhs: multiply by the transpose of the group's matrix.
       preferred_element_type: dtype of the result; by default that of lhs and rhs promoted.
-      implementation: a key of `IMPLEMENTATIONS`, or None to let `dispatch.choose` pick.
+      implementation: one of `IMPLEMENTATIONS`, or None to let `dispatch.choose` pick.
 
     Raises:
       ValueError: shapes or dtypes that do not fit.
       UserError: an unknown implementation, or one that cannot serve this call.
     """
     _check(lhs, rhs, group_sizes, group_offset, transpose_rhs)
-    obstacle = lambda name: IMPLEMENTATIONS[name].obstacle(jnp.result_type(lhs, rhs))
-    name = dispatch.choose("grouped_matmul", implementation, IMPLEMENTATIONS, obstacle)
+    why_not = functools.partial(obstacle, dtype=jnp.result_type(lhs, rhs))
+    name = dispatch.choose("grouped_matmul", implementation, IMPLEMENTATIONS, why_not)
     dtype = jnp.dtype(preferred_element_type or jnp.result_type(lhs, rhs))
     if 0 in (lhs.shape[0], *rhs.shape):
         return jnp.zeros((lhs.shape[0], rhs.shape[1 if transpose_rhs else 2]), dtype)
@@ -70,7 +81,7 @@ def grouped_matmul(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _grouped_matmul(transpose_rhs, dtype, implementation, lhs, rhs, group_sizes, group_offset):
     groups = local_groups(group_sizes, group_offset, rhs.shape[0])
-    kernels = IMPLEMENTATIONS[implementation]
+    kernels = _kernels(implementation)
     return kernels.forward(lhs, rhs, groups, transpose_rhs=transpose_rhs, dtype=dtype)
 
 
@@ -81,7 +92,7 @@ def _save(transpose_rhs, dtype, implementation, *operands):
 def _backward(transpose_rhs, dtype, implementation, operands, dout):
     lhs, rhs, group_sizes, group_offset = operands
     groups = local_groups(group_sizes, group_offset, rhs.shape[0])
-    kernels = IMPLEMENTATIONS[implementation]
+    kernels = _kernels(implementation)
     dlhs = kernels.grad_lhs(dout, rhs, groups, transpose_rhs=transpose_rhs, dtype=lhs.dtype)
     drhs = kernels.grad_rhs(lhs, dout, groups, transpose_rhs=transpose_rhs, dtype=rhs.dtype)
     return dlhs, drhs, None, None

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from moejax.kernels.grouped_matmul.groups import LocalGroups
+from moejax.kernels.tiles import group_bounds
 
 
 @jax.tree_util.register_dataclass
@@ -38,26 +39,25 @@ def visits_of_rows(groups: LocalGroups, num_rows: int, height: int) -> Visits:
     Rows before the first group and behind the last form two more, with the id G.
     """
     num_groups = groups.sizes.shape[0]
-    sizes = jnp.concatenate([jnp.asarray(groups.first_row, jnp.int32).reshape(1), groups.sizes])
-    stops = jnp.append(jnp.minimum(jnp.cumsum(sizes), num_rows), num_rows)
-    ids = jnp.append(jnp.arange(-1, num_groups), num_groups)
-    ids = jnp.where(ids < 0, num_groups, ids)
-    return _visits(ids, stops, jnp.int32(0), num_rows, height, empty=0)
+    starts, stops = group_bounds(groups.sizes, num_rows, groups.first_row)
+    # In front and behind: the rows up to the first group, and those from the last one on.
+    starts = jnp.concatenate([jnp.zeros(1, jnp.int32), starts, stops[-1:]])
+    stops = jnp.concatenate([starts[1:2], stops, jnp.full(1, num_rows, jnp.int32)])
+    ids = jnp.asarray([num_groups, *range(num_groups), num_groups])
+    return _visits(ids, starts, stops, num_rows, height, empty=0)
 
 
 def visits_of_groups(groups: LocalGroups, num_rows: int, height: int) -> Visits:
     """Visits of the groups alone, and one without rows for a group that has none."""
-    first = jnp.minimum(jnp.asarray(groups.first_row, jnp.int32), num_rows)
-    stops = jnp.minimum(first + jnp.cumsum(groups.sizes), num_rows)
+    starts, stops = group_bounds(groups.sizes, num_rows, groups.first_row)
     ids = jnp.arange(groups.sizes.shape[0])
-    return _visits(ids, stops, first, num_rows, height, empty=1)
+    return _visits(ids, starts, stops, num_rows, height, empty=1)
 
 
 def _visits(
-    ids: Array, stops: Array, first: Array, num_rows: int, height: int, *, empty: int
+    ids: Array, starts: Array, stops: Array, num_rows: int, height: int, *, empty: int
 ) -> Visits:
-    """Visits of consecutive runs of rows that end at `stops`; a run without rows gets `empty`."""
-    starts = jnp.concatenate([first.reshape(1), stops[:-1]])
+    """Visits of consecutive runs of rows `[start, stop)`; a run without rows gets `empty`."""
     first_tile = jnp.minimum(starts // height, (num_rows - 1) // height)
     tiles = -(-stops // height) - first_tile
     count = jnp.where(stops > starts, tiles, empty)
