@@ -2,11 +2,13 @@
 #   make train        pretrain configs/tiny.py (ARGS="steps=50 workdir=runs/a" for overrides)
 #   make test         lint and all tests that need neither an accelerator nor hours
 #   make test-fast    the tests that take under five minutes
-#   make test-full    all of that and the long checks, before a release
+#   make test-full    all of that and the long checks, before a release; EXTRAS names the compilers to
+#                     install for it: tpu (default), tpu,cuda (4 GB), tpu,cuda,tokamax
 #   make bench        the speed figures of docs/benchmarks.md
 #   make lint
 PYTHON ?= python3
 VENV ?= .venv
+EXTRAS ?= tpu
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n 2
 
@@ -26,6 +28,7 @@ test-fast: $(VENV)/.installed-dev
 	$(PYTEST) -m "not slow and not tpu and not gpu and not aot and not slurm"
 
 test-full: lint
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,$(EXTRAS)]"
 	$(PYTEST)
 
 bench: $(VENV)/.installed-dev

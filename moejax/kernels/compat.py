@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from moejax.errors import UserError
+
 
 def _varying_axes(x: Any) -> frozenset[str]:
     """The manual mesh axes over which the value of `x` may differ; empty outside `shard_map`."""
@@ -85,6 +87,50 @@ def interpretation() -> Any:
     return _interpretation.get()
 
 
+_gpu_interpretation: contextvars.ContextVar[Any] = contextvars.ContextVar(
+    "gpu_interpretation", default=None
+)
+
+
+@contextlib.contextmanager
+def interpret_gpu(**options: Any) -> Iterator[None]:
+    """Within it Mosaic GPU kernels run on any platform, in Pallas's simulator of a GPU, for tests.
+
+    What runs within must also be waited for within: a simulated kernel runs when its result is
+    computed. After an exception the simulator is reset, or the next kernel would never end.
+
+    Args:
+      **options: of `plgpu.InterpretGPUParams`, e.g. `detect_races=True`. Reads past the end of an
+        array, which a GPU's copy engine fills with zeros, give NaN here.
+
+    Raises:
+      UserError: this JAX has no such simulator.
+    """
+    if jax.__version_info__ < (0, 11, 2):
+        raise UserError(
+            "simulating GPU kernels needs jax 0.11.2 or newer (Python 3.12 or newer), and this is "
+            f"jax {jax.__version__}; use a newer jax, or the implementation 'tile_scan'"
+        )
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as simulator
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    params = plgpu.InterpretGPUParams(**{"out_of_bounds_reads": "uninitialized", **options})
+    token = _gpu_interpretation.set(params)
+    try:
+        with plgpu.force_gpu_interpret_mode(params):
+            yield
+    except BaseException:
+        simulator.reset_gpu_interpret_mode_state()
+        raise
+    finally:
+        _gpu_interpretation.reset(token)
+
+
+def gpu_interpretation() -> Any:
+    """The parameters of the enclosing `interpret_gpu`; None outside."""
+    return _gpu_interpretation.get()
+
+
 def compiler_options() -> dict[str, Any]:
     """For `jax.jit` of whole steps: on CPU, vectors of 512 bits where the processor has them.
 
@@ -99,9 +145,23 @@ def target_platform() -> str:
     The abstract mesh knows inside `shard_map` and under `jax.set_mesh`, also when compiling ahead
     of time for another machine. Elsewhere it is the default device's.
     """
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    platform = getattr(device, "platform", None)
+    platform = getattr(_abstract_device(), "platform", None)
     if platform is None:
         default = jax.config.jax_default_device
         platform = getattr(default, "platform", default) or jax.default_backend()
     return "gpu" if platform in ("cuda", "rocm") else platform
+
+
+def target_device_kind() -> str:
+    """The kind of device that code traced here is meant for, as JAX names it: "TPU v5", "cpu"."""
+    kind = getattr(_abstract_device(), "device_kind", None)
+    if kind is None:
+        default = jax.config.jax_default_device
+        if not hasattr(default, "device_kind"):
+            default = jax.local_devices(backend=default)[0]
+        kind = default.device_kind
+    return kind
+
+
+def _abstract_device() -> Any:
+    return getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)

@@ -1,4 +1,4 @@
-"""Chooses the implementation of a kernel.
+"""Chooses the implementation of a kernel, for each of its products.
 
 `implementation=None` always works and says once, through `logging`, what it took and why. A named
 implementation is used or refused, never replaced.
@@ -13,46 +13,53 @@ import logging
 from collections.abc import Callable, Collection, Iterator
 
 from moejax.errors import UserError
-from moejax.kernels import compat
+from moejax.kernels import accepted, compat
 
 _log = logging.getLogger(__name__)
 _unannounced = contextvars.ContextVar("unannounced", default=False)
+
+COMMAND = "moejax verify-kernels --accept"
 
 
 def choose(
     kernel: str,
     named: str | None,
     available: Collection[str],
-    obstacle: Callable[[str], str | None] = lambda name: None,
-) -> str:
-    """The implementation to run: `named`, or the best one that has passed its tests here.
+    *,
+    products: tuple[str, ...],
+    dtype: str,
+    obstacle: Callable[[str], str | None],
+    caller: str | None = None,
+) -> tuple[str, ...]:
+    """The implementation of each product: `named` for all, or the best that has passed its tests.
 
-    The platform is read at trace time (`compat.target_platform`) and not with
+    Platform and kind of device are read at trace time (`compat`) and not with
     `lax.platform_dependent`, which would trace and differentiate every branch of every call. Who
     lowers for a platform other than the default device's, without a mesh, names the implementation.
 
     Args:
-      kernel: the public function's name, for messages.
+      kernel: whose accepted results to use.
       named: what the caller asked for, or None.
       available: the implementations that this kernel has.
+      products: what the kernel computes, e.g. ("forward", "grad_lhs").
+      dtype: of the operands.
       obstacle: says why an implementation cannot serve this call, or None.
+      caller: the public function's name, for messages; by default the kernel's.
 
     Raises:
       UserError: `named` is not one of `available`, or cannot serve.
     """
+    caller = caller or kernel
     if named is None:
-        name, reason = _default(compat.target_platform())
-        if not _unannounced.get():
-            _announce(f"{kernel}: implementation {name!r} on {reason}")
-        return name
+        return _choose(kernel, available, products, dtype, obstacle, caller)
     if named not in available:
         raise UserError(
-            f"{kernel} has no implementation {named!r}; use one of "
+            f"{caller} has no implementation {named!r}; use one of "
             f"{', '.join(sorted(available))}, or None to let it choose"
         )
     if (reason := obstacle(named)) is not None:
-        raise UserError(f"{kernel}: implementation {named!r} cannot serve this call: {reason}")
-    return named
+        raise UserError(f"{caller}: implementation {named!r} cannot serve this call: {reason}")
+    return (named,) * len(products)
 
 
 @contextlib.contextmanager
@@ -65,13 +72,43 @@ def unannounced() -> Iterator[None]:
         _unannounced.reset(token)
 
 
-def _default(platform: str) -> tuple[str, str]:
-    """The implementation to take on `platform`, and why."""
+def _choose(kernel, available, products, dtype, obstacle, caller) -> tuple[str, ...]:
+    device_kind, platform = compat.target_device_kind(), compat.target_platform()
+    portable, reason = _portable(platform)
+    found = accepted.look_up(kernel, dtype, device_kind, products)
+    names = []
+    for product in products:
+        name = found.choices.get(product, portable) if found else portable
+        # What was accepted may be gone (an optional package) or not fit this call.
+        names.append(name if name in available and obstacle(name) is None else portable)
+    chosen = tuple(names)
+    if not _unannounced.get():
+        what = _describe(products, chosen)
+        if found:
+            _announce(logging.INFO, f"{caller} ({dtype}): {what} on {device_kind}, {found.source}")
+        else:
+            known = "other versions" if accepted.is_stale(device_kind) else "no version"
+            _announce(
+                logging.WARNING,
+                f"{caller} ({dtype}): {what} on {device_kind}: {reason}. Faster kernels may exist, "
+                f"but {known} of them were accepted on such a device; run {COMMAND} there",
+            )
+    return chosen
+
+
+def _portable(platform: str) -> tuple[str, str]:
+    """What is right everywhere on `platform` and never dense, and why."""
     if platform == "tpu":
-        return "xla", "tpu: XLA's ragged dot is a real grouped kernel there"
-    return "tile_scan", f"{platform}: XLA's ragged dot computes every group for every row there"
+        return "xla", "XLA's ragged dot is a real grouped kernel there"
+    return "tile_scan", "XLA's ragged dot computes every group for every row there"
+
+
+def _describe(products: tuple[str, ...], chosen: tuple[str, ...]) -> str:
+    if len(set(chosen)) == 1:
+        return f"implementation {chosen[0]!r}"
+    return ", ".join(f"{p} by {name!r}" for p, name in zip(products, chosen, strict=True))
 
 
 @functools.cache  # once per message
-def _announce(message: str) -> None:
-    _log.info(message)
+def _announce(level: int, message: str) -> None:
+    _log.log(level, message)

@@ -1,58 +1,114 @@
+"""What `implementation=None` takes, and that it says so."""
+
 import logging
 
 import jax
 import pytest
 
 from moejax.errors import UserError
-from moejax.kernels import compat, dispatch
+from moejax.kernels import accepted, compat, dispatch
 
-AVAILABLE = ("tile_scan", "xla")
+AVAILABLE = ("tile_scan", "xla", "fast", "faster")
+PRODUCTS = ("forward", "grad_rhs")
+
+
+def choose(named=None, *, obstacle=lambda name: None, dtype="bfloat16", **options):
+    return dispatch.choose(
+        *("kernel", named, AVAILABLE),
+        products=PRODUCTS,
+        dtype=dtype,
+        obstacle=obstacle,
+        **options,
+    )
 
 
 @pytest.fixture
-def platform(monkeypatch):
+def device(monkeypatch, tmp_path):
+    """Sets platform and kind of device; the user has accepted nothing."""
+    monkeypatch.setenv("MOEJAX_KERNELS", str(tmp_path / "kernels.json"))
     dispatch._announce.cache_clear()
-    yield lambda name: monkeypatch.setattr(compat, "target_platform", lambda: name)
+
+    def use(platform, kind):
+        monkeypatch.setattr(compat, "target_platform", lambda: platform)
+        monkeypatch.setattr(compat, "target_device_kind", lambda: kind)
+
+    yield use
     dispatch._announce.cache_clear()
 
 
-@pytest.mark.parametrize("name, want", [("cpu", "tile_scan"), ("gpu", "tile_scan"), ("tpu", "xla")])
-def test_default_by_platform(platform, name, want):
-    platform(name)
-    assert dispatch.choose("kernel", None, AVAILABLE) == want
-
-
-def test_says_its_choice_once(platform, caplog):
-    platform("cpu")
+@pytest.mark.parametrize(
+    "platform, kind, want, level",
+    [
+        ("cpu", "cpu", "tile_scan", logging.INFO),
+        ("gpu", "NVIDIA H100 80GB HBM3", "tile_scan", logging.WARNING),
+        ("tpu", "TPU v5", "xla", logging.WARNING),
+    ],
+)
+def test_without_accepted_results_it_takes_what_is_never_dense(
+    device, caplog, platform, kind, want, level
+):
+    device(platform, kind)
     with caplog.at_level(logging.INFO):
         for _ in range(3):
-            dispatch.choose("kernel", None, AVAILABLE)
-    (record,) = caplog.records
-    assert "kernel" in record.message
-    assert "tile_scan" in record.message
-    assert "cpu" in record.message
+            assert choose() == (want, want)
+    (record,) = caplog.records  # once
+    assert record.levelno == level
+    assert all(word in record.message for word in ("kernel (bfloat16)", want, kind))
+    assert ("moejax verify-kernels --accept" in record.message) == (level == logging.WARNING)
 
 
-def test_a_named_implementation_is_used_or_refused(platform):
-    platform("tpu")
-    assert dispatch.choose("kernel", "tile_scan", AVAILABLE) == "tile_scan"
+def test_takes_what_the_user_accepted_for_each_product(device, caplog):
+    device("gpu", "H100")
+    choices = {"bfloat16": {"forward": "fast", "grad_rhs": "faster"}}
+    accepted.store("H100", {"kernel": choices}, {})
+    with caplog.at_level(logging.INFO):
+        assert choose() == ("fast", "faster")
+        assert choose(dtype="float32") == ("tile_scan",) * 2  # nothing was accepted for it
+    assert "forward by 'fast', grad_rhs by 'faster' on H100" in caplog.records[0].message
+    assert caplog.records[1].levelno == logging.WARNING
+    device("gpu", "A100")
+    assert choose() == ("tile_scan",) * 2
+
+
+def test_replaces_what_was_accepted_where_it_cannot_serve(device, caplog):
+    device("gpu", "H100")
+    choices = {"bfloat16": {"forward": "fast", "grad_rhs": "gone since"}}
+    accepted.store("H100", {"kernel": choices}, {})
+    refuse = lambda name: "no" if name == "fast" else None
+    assert choose(obstacle=refuse) == ("tile_scan",) * 2
+
+
+def test_says_that_accepted_results_are_of_other_versions(device, caplog, monkeypatch):
+    device("gpu", "H100")
+    accepted.store("H100", {"kernel": {"bfloat16": dict.fromkeys(PRODUCTS, "fast")}}, {})
+    assert choose() == ("fast", "fast")
+    monkeypatch.setattr(accepted, "sources_hash", lambda: "changed")
+    assert choose() == ("tile_scan",) * 2
+    assert "other versions of them were accepted" in caplog.records[-1].message
+
+
+def test_a_named_implementation_is_used_or_refused(device):
+    device("tpu", "TPU v5")
+    assert choose("tile_scan") == ("tile_scan",) * 2
     with pytest.raises(UserError, match="kernel has no implementation 'nope'"):
-        dispatch.choose("kernel", "nope", AVAILABLE)
+        choose("nope")
+    with pytest.raises(UserError, match="caller: implementation 'fast' cannot serve.*too odd"):
+        choose("fast", obstacle=lambda name: "too odd", caller="caller")
 
 
-def test_the_mesh_decides_the_platform():
+def test_the_mesh_decides_platform_and_kind():
     device = jax.sharding.AbstractDevice(device_kind="TPU v5", num_cores=1, platform="tpu")
     mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
-    assert compat.target_platform() == "cpu"
+    assert (compat.target_platform(), compat.target_device_kind()) == ("cpu", "cpu")
     with jax.sharding.use_abstract_mesh(mesh):
-        assert compat.target_platform() == "tpu"
+        assert (compat.target_platform(), compat.target_device_kind()) == ("tpu", "TPU v5")
 
 
-def test_an_unannounced_choice_is_announced_when_it_runs(platform, caplog):
-    platform("cpu")
+def test_an_unannounced_choice_is_announced_when_it_runs(device, caplog):
+    device("cpu", "cpu")
     with caplog.at_level(logging.INFO):
         with dispatch.unannounced():
-            assert dispatch.choose("kernel", None, AVAILABLE) == "tile_scan"
+            assert choose() == ("tile_scan",) * 2
         assert not caplog.records
-        dispatch.choose("kernel", None, AVAILABLE)
+        choose()
     assert len(caplog.records) == 1

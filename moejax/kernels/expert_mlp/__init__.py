@@ -7,22 +7,20 @@ copies of x nor the experts' outputs (the algebra of SonicMoE, arXiv 2512.14080;
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moejax.kernels import compat, dispatch
+from moejax.kernels import compat
 from moejax.kernels.activations import glu_activation
 from moejax.kernels.expert_mlp import tile_scan
 from moejax.kernels.expert_mlp.algebra import Activations, Weights
 from moejax.kernels.expert_mlp.grouped import GroupedExperts
 from moejax.kernels.expert_mlp.slots import Slots, sort_slots
-from moejax.kernels.grouped_matmul import xla
-
-# Each has forward and backward over sorted rows.
-IMPLEMENTATIONS: dict[str, Any] = {"tile_scan": tile_scan, "xla": GroupedExperts(xla)}
+from moejax.kernels.grouped_matmul.implementations import Choice, choose
 
 
 class Biases(NamedTuple):
@@ -64,7 +62,8 @@ def expert_mlp(
       weights: what each choice counts for.
       biases: on the three projections, in the order of `Biases`; all or none.
       activation: a key of `activations.GLU_ACTIVATIONS`.
-      implementation: a key of `IMPLEMENTATIONS`, or None to let `dispatch.choose` pick.
+      implementation: one of `IMPLEMENTATIONS` of grouped_matmul, for all its products, or None to
+        let `dispatch.choose` pick each.
 
     Raises:
       UserError: an unknown activation or implementation.
@@ -73,40 +72,42 @@ def expert_mlp(
     biases = None if biases is None else Biases(*biases)
     _check(x, w_gate, w_up, w_down, experts, weights, biases)
     glu_activation(activation)
-    name = dispatch.choose("expert_mlp", implementation, IMPLEMENTATIONS)
+    w = Weights(w_gate, w_up, w_down, *(biases or (None,) * 3))
+    compute = jnp.result_type(x, *(v for v in w if v is not None))
+    choice = choose("expert_mlp", implementation, compute)
     if experts.size == 0 or 0 in w_gate.shape:
         return jnp.zeros_like(x)
-    one_input = [None] * 3 if biases is None else [b[:, None, :] for b in biases]
-    w = Weights(w_gate, w_up, w_down, *one_input)
-    compute = jnp.result_type(x, *(v for v in w if v is not None))
     w = jax.tree.map(lambda v: v.astype(compute), w)
     operands = compat.vary_alike((x.astype(compute), w, experts, weights))
-    return _expert_mlp(activation, name, *operands).astype(x.dtype)
+    return _expert_mlp(activation, choice, *operands).astype(x.dtype)
+
+
+def _kernels(choice: Choice) -> ModuleType | GroupedExperts:
+    """`forward` and `backward` over sorted rows."""
+    return tile_scan if set(choice) == {"tile_scan"} else GroupedExperts(choice)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _expert_mlp(activation, implementation, x, w, experts, weights):
-    return _forward(activation, implementation, x, w, experts, weights)[0]
+def _expert_mlp(activation, choice, x, w, experts, weights):
+    return _forward(activation, choice, x, w, experts, weights)[0]
 
 
-def _forward(activation, implementation, x, w, experts, weights):
+def _forward(activation, choice, x, w, experts, weights):
     slots = sort_slots(experts, w.gate.shape[0])
-    act = glu_activation(activation)
-    kernels = IMPLEMENTATIONS[implementation]
-    y, h = kernels.forward(x, slots.to_rows(weights), w, slots, act)
-    return slots.sum_by_token(y, x.dtype), (x, h, w, slots, weights)
+    y, h = _kernels(choice).forward(x, w, slots, glu_activation(activation))
+    return slots.sum_by_token(y, x.dtype, weights=weights), (x, h, w, slots, weights)
 
 
 def _backward(
     activation: str,
-    implementation: str,
+    choice: Choice,
     saved: tuple[Array, Activations, Weights, Slots, Array],
     dout: Array,
 ):
     x, h, w, slots, weights = saved
     act = glu_activation(activation)
-    kernels = IMPLEMENTATIONS[implementation]
-    dx, dscore, dw = kernels.backward(dout, x, slots.to_rows(weights), h, w, slots, act)
+    score = slots.to_rows(weights)
+    dx, dscore, dw = _kernels(choice).backward(dout, x, score, h, w, slots, act)
     dw = jax.tree.map(lambda d, v: d.astype(v.dtype), dw, w)
     dweights = slots.from_rows(dscore).astype(weights.dtype)
     return slots.sum_by_token(dx, x.dtype), dw, None, dweights

@@ -2,47 +2,55 @@
 
 For row r with input x, routing weight s, and the weights of its expert:
 
-    gate = x Wg,  up = x Wu,  a = act(gate, up),  y = (s a) Wd        out[t] = sum of its rows' y
+    gate = x Wg + bg,  up = x Wu + bu,  a = act(gate, up),  y = a Wd + bd
+    out[t] = sum of s y over the rows of token t
 
 and, with g = dout[token of r] and act' the vector-Jacobian product of act at (gate, up):
 
-    da = g Wd^T,  ds = <da, a>,  (dgate, dup) = act'(s da)
+    da = g Wd^T,  ds = <da, a> + <g, bd>,  (dgate, dup) = act'(s da)
     dWd = sum (s a)^T g,  dWg = sum x^T dgate,  dWu = sum x^T dup     over the rows of an expert
+    dbd = sum s g,        dbg = sum dgate,      dbu = sum dup         likewise
     dx = dgate Wg^T + dup Wu^T                                        dx[t] = sum of its rows' dx
 
-So only x, gate, up and s need saving: a is one elementwise recomputation, y is never needed because
-s acts before the down projection (Guo et al., SonicMoE, arXiv 2512.14080). A bias is a weight
-matrix with the single input 1 (s for the down projection).
+So only x, gate, up and s need saving: a is one elementwise recomputation, and y is never needed,
+because ds follows from da (Guo et al., SonicMoE, arXiv 2512.14080).
 
-The three products are passed in: plain matmuls for the rows of one expert, grouped ones for all.
+The products are passed in: plain matmuls for the rows of one expert, grouped ones for all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from moejax.kernels.activations import GluActivation
 from moejax.types import at_least_f32
 
 
 class Weights(NamedTuple):
-    """Leading axis E, absent where they are one expert's. Biases are `[E, 1, width]` or None."""
+    """Leading axis E, absent where they are one expert's."""
 
     gate: Array  # [E, D, F]
     up: Array  # [E, D, F]
     down: Array  # [E, F, D]
-    gate_bias: Array | None
-    up_bias: Array | None
-    down_bias: Array | None
+    gate_bias: Array | None  # [E, F]
+    up_bias: Array | None  # [E, F]
+    down_bias: Array | None  # [E, D]
+
+
+class Activations(NamedTuple):
+    """What the forward pass saves besides its inputs."""
+
+    gate: Array  # [R, F]
+    up: Array  # [R, F]
 
 
 @runtime_checkable
 class Products(Protocol):
-    """Products of rows with the weights of their experts, accumulated in at least float32."""
+    """Products of rows with what their experts hold, accumulated in at least float32."""
 
     def times(self, rows: Array, weight: Array) -> Array:
         """rows W."""
@@ -53,8 +61,14 @@ class Products(Protocol):
     def outer(self, left: Array, right: Array) -> Array:
         """Sum over each expert's rows of left^T right."""
 
-    def times_both(self, rows: Array, gate: Array, up: Array) -> tuple[Array, Array]:
-        """(rows Wg, rows Wu)."""
+    def spread(self, values: Array, like: Array) -> Array:
+        """The expert's `values` for every row of `like`."""
+
+    def total(self, rows: Array) -> Array:
+        """Sum over each expert's rows."""
+
+    def glu(self, rows: Array, w: Weights, act: GluActivation) -> tuple[Array, Array, Array]:
+        """(gate, up, act(gate, up)), act in at least float32 on gate and up as returned."""
 
     def times_both_transposed(self, dgate: Array, dup: Array, gate: Array, up: Array) -> Array:
         """dgate Wg^T + dup Wu^T."""
@@ -63,33 +77,30 @@ class Products(Protocol):
         """Sums over each expert's rows of left^T dgate and left^T dup."""
 
 
-class Activations(NamedTuple):
-    """What the forward pass saves besides its inputs."""
-
-    gate: Array  # [R, F]
-    up: Array  # [R, F]
-
-
 def forward(
-    x: Array, score: Array, w: Weights, products: Products, act: Callable
+    x: Array, w: Weights, products: Products, act: GluActivation
 ) -> tuple[Array, Activations]:
-    """(y [R, D], saved pre-activations) for rows `x` [R, D] with routing weights `score` [R]."""
-    gate, up = products.times_both(x, w.gate, w.up)
-    if w.gate_bias is not None:
-        one = jnp.ones_like(x[:, :1])
-        gate += products.times(one, w.gate_bias)
-        up += products.times(one, w.up_bias)
-    a = act(_wide(gate), _wide(up))
-    y = products.times((_wide(score)[:, None] * a).astype(x.dtype), w.down)
+    """(y [R, D], saved pre-activations) for rows `x` [R, D]."""
+    gate, up, a = products.glu(x, w, act)
+    y = products.times(a, w.down)
     if w.down_bias is not None:
-        y += products.times(score[:, None].astype(x.dtype), w.down_bias)
+        y += products.spread(w.down_bias, y)
     return y, Activations(gate, up)
 
 
 def backward(
-    g: Array, x: Array, score: Array, h: Activations, w: Weights, products: Products, act: Callable
+    g: Array,
+    x: Array,
+    score: Array,
+    h: Activations,
+    w: Weights,
+    products: Products,
+    act: GluActivation,
 ) -> tuple[Array, Array, Weights]:
-    """(dx [R, D], dscore [R], dweights) for the cotangent `g` [R, D] of each row's y."""
+    """(dx [R, D], dscore [R], dweights) for rows `x` with routing weights `score` [R].
+
+    `g` [R, D] is the cotangent of each row's s y.
+    """
     s = _wide(score)[:, None]
     a, act_vjp = jax.vjp(act, _wide(h.gate), _wide(h.up))
     da = _wide(products.times_transposed(g, w.down))
@@ -106,11 +117,10 @@ def backward(
         down_bias=None,
     )
     if w.gate_bias is not None:
-        one = jnp.ones_like(x[:, :1])
-        dw = dw._replace(gate_bias=products.outer(one, dgate), up_bias=products.outer(one, dup))
+        dw = dw._replace(gate_bias=products.total(dgate), up_bias=products.total(dup))
     if w.down_bias is not None:
-        dscore += _wide(products.times_transposed(g, w.down_bias))[:, 0]
-        dw = dw._replace(down_bias=products.outer(score[:, None].astype(x.dtype), g))
+        dscore += jnp.sum(_wide(g) * _wide(products.spread(w.down_bias, g)), axis=1)
+        dw = dw._replace(down_bias=products.total((s * _wide(g)).astype(x.dtype)))
     return dx, dscore, dw
 
 

@@ -1,32 +1,31 @@
-"""Gated experts over all rows at once, on the three grouped products of one implementation."""
+"""Gated experts over all rows at once, on grouped products, each by its own implementation."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from types import ModuleType
 
 import jax.numpy as jnp
 from jax import Array
 
+from moejax.kernels.activations import GluActivation
 from moejax.kernels.expert_mlp import algebra
 from moejax.kernels.expert_mlp.algebra import Activations, Weights
 from moejax.kernels.expert_mlp.slots import Slots
+from moejax.kernels.grouped_matmul import implementations
 from moejax.kernels.grouped_matmul.groups import LocalGroups
 from moejax.types import at_least_f32
 
 
 class GroupedExperts:
-    """`forward` and `backward` on a module of grouped products, e.g. `grouped_matmul.xla`."""
+    """`forward` and `backward` on the products that `choice` names."""
 
-    def __init__(self, kernels: ModuleType):
-        self._kernels = kernels
+    def __init__(self, choice: implementations.Choice):
+        self._choice = choice
 
     def forward(
-        self, x: Array, score: Array, w: Weights, slots: Slots, act: Callable
+        self, x: Array, w: Weights, slots: Slots, act: GluActivation
     ) -> tuple[Array, Activations]:
-        """(y [R, D], saved pre-activations [R, F]) for tokens `x` [T, D], `score` [R]."""
-        products = _Grouped(self._kernels, slots)
-        return algebra.forward(_gather(x, slots), score, w, products, act)
+        """(y [R, D], saved pre-activations [R, F]) for tokens `x` [T, D]."""
+        products = _Grouped(self._choice, slots)
+        return algebra.forward(_gather(x, slots), w, products, act)
 
     def backward(
         self,
@@ -36,10 +35,10 @@ class GroupedExperts:
         h: Activations,
         w: Weights,
         slots: Slots,
-        act: Callable,
+        act: GluActivation,
     ) -> tuple[Array, Array, Weights]:
         """(dx by row [R, D], dscore [R], dweights) for the cotangent `dout` [T, D]."""
-        products = _Grouped(self._kernels, slots)
+        products = _Grouped(self._choice, slots)
         rows, g = _gather(x, slots), _gather(dout, slots)
         return algebra.backward(g, rows, score, h, w, products, act)
 
@@ -47,27 +46,32 @@ class GroupedExperts:
 class _Grouped:
     """Products of all rows with the weights of their experts."""
 
-    def __init__(self, kernels: ModuleType, slots: Slots):
-        self._kernels = kernels
+    def __init__(self, choice: implementations.Choice, slots: Slots):
+        self._forward = implementations.module(choice.forward).forward
+        self._grad_lhs = implementations.module(choice.grad_lhs).grad_lhs
+        self._grad_rhs = implementations.module(choice.grad_rhs).grad_rhs
+        self._glu = choice.glu
         self._groups = LocalGroups(slots.group_sizes, 0)
 
     def times(self, rows: Array, weight: Array) -> Array:
-        return self._kernels.forward(
-            rows, weight, self._groups, transpose_rhs=False, dtype=rows.dtype
-        )
+        return self._forward(rows, weight, self._groups, transpose_rhs=False, dtype=rows.dtype)
 
     def times_transposed(self, rows: Array, weight: Array) -> Array:
-        return self._kernels.grad_lhs(
-            rows, weight, self._groups, transpose_rhs=False, dtype=rows.dtype
-        )
+        return self._grad_lhs(rows, weight, self._groups, transpose_rhs=False, dtype=rows.dtype)
 
     def outer(self, left: Array, right: Array) -> Array:
-        return self._kernels.grad_rhs(
-            left, right, self._groups, transpose_rhs=False, dtype=at_least_f32(left.dtype)
-        )
+        acc = at_least_f32(left.dtype)
+        return self._grad_rhs(left, right, self._groups, transpose_rhs=False, dtype=acc)
 
-    def times_both(self, rows: Array, gate: Array, up: Array) -> tuple[Array, Array]:
-        return self.times(rows, gate), self.times(rows, up)
+    def spread(self, values: Array, like: Array) -> Array:
+        return self._groups.of_rows(values, like.shape[0]).astype(like.dtype)
+
+    def total(self, rows: Array) -> Array:
+        return self.outer(jnp.ones_like(rows[:, :1]), rows)[:, 0]
+
+    def glu(self, rows: Array, w: Weights, act: GluActivation) -> tuple[Array, Array, Array]:
+        biases = None if w.gate_bias is None else (w.gate_bias, w.up_bias)
+        return implementations.glu(self._glu, rows, w.gate, w.up, biases, self._groups, act=act)
 
     def times_both_transposed(self, dgate: Array, dup: Array, gate: Array, up: Array) -> Array:
         return self.times_transposed(dgate, gate) + self.times_transposed(dup, up)

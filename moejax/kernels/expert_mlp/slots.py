@@ -48,13 +48,19 @@ class Slots:
         """`[R]` values in the order of the slots, `[T, K]`; 0 in empty slots."""
         return jnp.where(self.filled(), _take(rows, self.row), 0)
 
-    def sum_by_token(self, rows: Array, dtype) -> Array:
-        """Sums each token's rows `[R, D]` in at least float32; `[T, D]`."""
-        acc = at_least_f32(rows.dtype)
+    def sum_by_token(self, rows: Array, dtype, *, weights: Array | None = None) -> Array:
+        """Sums each token's rows `[R, D]`, times `weights` `[T, K]`, in at least float32; `[T, D]`.
+
+        The weight of an empty slot may be NaN.
+        """
+        acc = at_least_f32(rows.dtype if weights is None else jnp.result_type(rows, weights))
         filled = self.filled()
 
         def choice(k: int) -> Array:
-            return jnp.where(filled[:, k, None], _take(rows, self.row[:, k]).astype(acc), 0)
+            value = _take(rows, self.row[:, k]).astype(acc)
+            if weights is not None:
+                value = value * weights[:, k, None].astype(acc)
+            return jnp.where(filled[:, k, None], value, 0)
 
         # One gather per choice: several times faster on CPU than one [T, K, D] gather and a sum.
         total = choice(0)

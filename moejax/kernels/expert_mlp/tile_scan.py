@@ -6,13 +6,12 @@ The gathered rows, the activations and their gradients exist only for one tile (
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from moejax.kernels import compat
+from moejax.kernels.activations import GluActivation
 from moejax.kernels.expert_mlp import algebra
 from moejax.kernels.expert_mlp.algebra import Activations, Weights
 from moejax.kernels.expert_mlp.slots import Slots
@@ -20,17 +19,13 @@ from moejax.kernels.tiles import Tile, plan_tiles, scan_tiles
 from moejax.types import at_least_f32
 
 
-def forward(
-    x: Array, score: Array, w: Weights, slots: Slots, act: Callable
-) -> tuple[Array, Activations]:
-    """(y [R, D], saved pre-activations [R, F]) for tokens `x` [T, D], `score` [R]."""
-    num_rows, token = score.size, slots.token()
+def forward(x: Array, w: Weights, slots: Slots, act: GluActivation) -> tuple[Array, Activations]:
+    """(y [R, D], saved pre-activations [R, F]) for tokens `x` [T, D]."""
+    num_rows, token = slots.order.size, slots.token()
 
     def body(tile: Tile, carry):
         y, gate, up = carry
-        rows, h = algebra.forward(
-            tile.gather(x, token), tile.load(score), _of(tile, w), _OneExpert, act
-        )
+        rows, h = algebra.forward(tile.gather(x, token), _of(tile, w), _OneExpert, act)
         return tile.store(y, rows), tile.store(gate, h.gate), tile.store(up, h.up)
 
     widths = (x.shape[1], w.gate.shape[2], w.gate.shape[2])
@@ -40,7 +35,13 @@ def forward(
 
 
 def backward(
-    dout: Array, x: Array, score: Array, h: Activations, w: Weights, slots: Slots, act: Callable
+    dout: Array,
+    x: Array,
+    score: Array,
+    h: Activations,
+    w: Weights,
+    slots: Slots,
+    act: GluActivation,
 ) -> tuple[Array, Array, Weights]:
     """(dx by row [R, D], dscore [R], dweights) for the cotangent `dout` [T, D]."""
     num_rows, token = score.size, slots.token()
@@ -94,9 +95,21 @@ class _OneExpert:
     def outer(left: Array, right: Array) -> Array:
         return _dot(left, right, 0, 0)
 
+    @staticmethod
+    def spread(values: Array, like: Array) -> Array:
+        return values.astype(like.dtype)  # broadcasts
+
+    @staticmethod
+    def total(rows: Array) -> Array:
+        return jnp.sum(rows, axis=0, dtype=at_least_f32(rows.dtype))
+
     @classmethod
-    def times_both(cls, rows: Array, gate: Array, up: Array) -> tuple[Array, Array]:
-        return _halves(cls.times(rows, _beside(gate, up)))
+    def glu(cls, rows: Array, w: Weights, act: GluActivation) -> tuple[Array, Array, Array]:
+        gate, up = _halves(cls.times(rows, _beside(w.gate, w.up)))
+        if w.gate_bias is not None:
+            gate, up = gate + w.gate_bias, up + w.up_bias
+        acc = at_least_f32(rows.dtype)
+        return gate, up, act(gate.astype(acc), up.astype(acc)).astype(rows.dtype)
 
     @classmethod
     def times_both_transposed(cls, dgate: Array, dup: Array, gate: Array, up: Array) -> Array:

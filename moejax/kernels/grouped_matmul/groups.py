@@ -19,6 +19,15 @@ class LocalGroups:
     sizes: Int[Array, " G"]
     first_row: Int[Array, ""] | int
 
+    def of_rows(self, values: Array, num_rows: int) -> Array:
+        """`values` `[G, ...]` of each row's group, `[num_rows, ...]`; 0 in rows of no group."""
+        ends = self.first_row + jnp.cumsum(self.sizes)
+        row = jnp.arange(num_rows, dtype=jnp.int32)
+        group = jnp.searchsorted(ends, row, side="right")
+        held = (row >= self.first_row) & (row < ends[-1])
+        found = values.at[jnp.minimum(group, values.shape[0] - 1)].get(mode="promise_in_bounds")
+        return jnp.where(held.reshape(-1, *(1,) * (values.ndim - 1)), found, 0)
+
 
 def local_groups(
     group_sizes: Int[Array, " all"], group_offset: Int[Array, ""] | None, num_groups: int

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from moejax.kernels.grouped_matmul.groups import LocalGroups
+from moejax.kernels.grouped_matmul.held_rows import to_front, to_place
 from moejax.types import at_least_f32
 
 
@@ -27,9 +28,8 @@ def forward(lhs: Array, rhs: Array, groups: LocalGroups, *, transpose_rhs: bool,
         lhs_ragged_dimensions=[0],
         rhs_group_dimensions=[0],
     )
-    rows = _to_front(lhs, groups)
-    out = _ragged_dot(rows, rhs, groups, dims).astype(dtype)
-    return _roll(_only_held(out, groups), groups.first_row)
+    out = _ragged_dot(to_front(lhs, groups), rhs, groups, dims).astype(dtype)
+    return to_place(out, groups)
 
 
 def grad_lhs(dout: Array, rhs: Array, groups: LocalGroups, *, transpose_rhs: bool, dtype) -> Array:
@@ -45,7 +45,7 @@ def grad_rhs(lhs: Array, dout: Array, groups: LocalGroups, *, transpose_rhs: boo
         rhs_group_dimensions=[],
     )
     a, b = (dout, lhs) if transpose_rhs else (lhs, dout)
-    drhs = _ragged_dot(_to_front(a, groups), _to_front(b, groups), groups, dims)
+    drhs = _ragged_dot(to_front(a, groups), to_front(b, groups), groups, dims)
     empty = (groups.sizes == 0)[:, None, None]
     return jnp.where(empty, 0, drhs).astype(dtype)
 
@@ -58,17 +58,3 @@ def _ragged_dot(a: Array, b: Array, groups: LocalGroups, dims) -> Array:
         dims,
         preferred_element_type=at_least_f32(jnp.result_type(a, b)),
     )
-
-
-def _to_front(rows: Array, groups: LocalGroups) -> Array:
-    """The groups' rows from row 0 on, zero behind them."""
-    return _only_held(_roll(rows, -groups.first_row), groups)
-
-
-def _roll(rows: Array, shift: Array | int) -> Array:
-    return rows if isinstance(shift, int) else jnp.roll(rows, shift, axis=0)
-
-
-def _only_held(rows: Array, groups: LocalGroups) -> Array:
-    held = jnp.arange(rows.shape[0], dtype=jnp.int32) < jnp.sum(groups.sizes)
-    return jnp.where(held[:, None], rows, 0)

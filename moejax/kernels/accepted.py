@@ -1,0 +1,128 @@
+"""Which implementation of a kernel to trust on which kind of device.
+
+An implementation is taken by default only where it has passed the conformance kit and was timed: in
+the shipped table, or on the user's own device by `moejax verify-kernels --accept`. A user's result
+holds for one kind of device, one JAX version and one state of the kernels' sources.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from moejax.errors import UserError
+
+# Kind of device -> what is taken there for every product. Figures: docs/benchmarks.md. The test
+# suite runs the conformance kit on CPU; no accelerator has been measured yet.
+SHIPPED = {"cpu": "tile_scan"}
+
+
+class Accepted(NamedTuple):
+    """What may be taken: product -> implementation, and where that was measured."""
+
+    choices: Mapping[str, str]
+    source: str
+
+
+def path() -> pathlib.Path:
+    """The user's own results: `$MOEJAX_KERNELS`, or `moejax/kernels.json` in the cache folder."""
+    if named := os.environ.get("MOEJAX_KERNELS"):
+        return pathlib.Path(named)
+    cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(cache) / "moejax" / "kernels.json"
+
+
+def conditions(device_kind: str) -> dict[str, str]:
+    """What a result depends on."""
+    return {
+        "device_kind": device_kind,
+        "jax": jax.__version__,
+        "tokamax": _version("tokamax"),
+        "kernels": sources_hash(),
+    }
+
+
+def look_up(
+    kernel: str, dtype: str, device_kind: str, products: tuple[str, ...]
+) -> Accepted | None:
+    """What was accepted for `kernel` on operands of `dtype`; None where nothing was."""
+    here = conditions(device_kind)
+    for record in _records(path()):
+        if record["conditions"] == here:
+            choices = record["choices"].get(kernel, {}).get(dtype)
+            if choices is not None:
+                return Accepted(choices, f"accepted by moejax verify-kernels in {path()}")
+    if device_kind in SHIPPED:
+        choices = dict.fromkeys(products, SHIPPED[device_kind])
+        return Accepted(choices, "measured in docs/benchmarks.md")
+    return None
+
+
+def is_stale(device_kind: str) -> bool:
+    """Whether the user has accepted results for such a device under other conditions."""
+    return any(r["conditions"]["device_kind"] == device_kind for r in _records(path()))
+
+
+def store(device_kind: str, choices: Mapping[str, Any], figures: Any) -> pathlib.Path:
+    """Writes `{kernel: {dtype: {product: implementation}}}` for this kind of device; its path.
+
+    Replaces what was stored for the same kind of device.
+    """
+    kept = [r for r in _records(path()) if r["conditions"]["device_kind"] != device_kind]
+    record = {"conditions": conditions(device_kind), "choices": choices, "figures": figures}
+    target = path()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps([*kept, record], indent=1), encoding="utf-8")
+    partial.replace(target)  # readers see the old file or the new one
+    return target
+
+
+@functools.cache
+def sources_hash() -> str:
+    """A digest of every file of `moejax.kernels`."""
+    folder = pathlib.Path(__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(str(file.relative_to(folder)).encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _records(file: pathlib.Path) -> list[dict[str, Any]]:
+    try:
+        stamp = file.stat().st_mtime_ns
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return _parsed(file, stamp)
+
+
+@functools.lru_cache(maxsize=4)
+def _parsed(file: pathlib.Path, stamp: int) -> list[dict[str, Any]]:
+    del stamp  # part of the key: a changed file is read again
+    try:
+        records = json.loads(file.read_text(encoding="utf-8"))
+        complete = all({"conditions", "choices"} <= record.keys() for record in records)
+    except (ValueError, AttributeError, TypeError):
+        complete = False
+    if not complete:
+        raise UserError(
+            f"{file} does not hold results of moejax verify-kernels; delete it or run "
+            "moejax verify-kernels --accept again"
+        )
+    return records
+
+
+@functools.cache
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"

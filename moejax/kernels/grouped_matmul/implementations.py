@@ -1,0 +1,106 @@
+"""The implementations of grouped matmul, and which of them computes each product.
+
+An implementation is a module of this package with the functions `obstacle`, `forward`, `grad_lhs`
+and `grad_rhs`, and `glu` where it has a fused one. Adding one is a file and its name here.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from moejax.kernels import dispatch
+from moejax.kernels.activations import GluActivation
+from moejax.kernels.grouped_matmul.groups import LocalGroups
+from moejax.types import at_least_f32
+
+IMPLEMENTATIONS = ("tile_scan", "xla", "tpu", "hopper", "tokamax")
+
+
+class Choice(NamedTuple):
+    """The implementation of each product.
+
+    Each may be another one: the fastest forward kernel need not have the fastest gradients.
+    """
+
+    forward: str
+    grad_lhs: str
+    grad_rhs: str
+    glu: str
+
+
+def choose(caller: str, named: str | None, dtype: Any) -> Choice:
+    """`named` for every product, or what `dispatch.choose` picks; for operands of `dtype`.
+
+    Raises:
+      UserError: `named` is unknown or cannot serve.
+    """
+    chosen = dispatch.choose(
+        "grouped_matmul",
+        named,
+        IMPLEMENTATIONS,
+        products=Choice._fields,
+        dtype=jnp.dtype(dtype).name,
+        obstacle=functools.partial(obstacle, dtype=dtype),
+        caller=caller,
+    )
+    return Choice(*chosen)
+
+
+def module(name: str) -> ModuleType:
+    """The module of an implementation.
+
+    Imported when first used: Pallas adds half a second to the start of every command.
+    """
+    return importlib.import_module(f"moejax.kernels.grouped_matmul.{name}")
+
+
+def obstacle(name: str, dtype: Any) -> str | None:
+    """Why the implementation cannot serve operands of `dtype` here, or None."""
+    return module(name).obstacle(dtype)
+
+
+def is_dense(name: str, platform: str) -> bool:
+    """Whether it computes every group for every row there: right, and never chosen."""
+    return name == "xla" and platform != "tpu"
+
+
+def glu(
+    name: str,
+    rows: Array,
+    gate: Array,
+    up: Array,
+    biases: tuple[Array, Array] | None,
+    groups: LocalGroups,
+    *,
+    act: GluActivation,
+) -> tuple[Array, Array, Array]:
+    """(rows Wg + bg, rows Wu + bu, act of both), each `[R, F]` in the dtype of `rows`.
+
+    `act` acts, in at least float32, on the pre-activations as they are returned, so that a backward
+    pass that recomputes it gets the same. Rows of no group are zero in all three.
+
+    Args:
+      name: the implementation; one without a fused kernel does it in two products.
+      rows: `[R, D]`.
+      gate, up: the groups' matrices, `[G, D, F]`.
+      biases: None, or `[G, F]` for gate and up.
+      groups: of the rows.
+      act: elementwise, with act(0, 0) = 0.
+    """
+    kernels = module(name)
+    if hasattr(kernels, "glu"):
+        return kernels.glu(rows, gate, up, biases, groups, act=act)
+    hidden = [
+        kernels.forward(rows, weight, groups, transpose_rhs=False, dtype=rows.dtype)
+        for weight in (gate, up)
+    ]
+    if biases is not None:
+        hidden = [h + groups.of_rows(b, rows.shape[0]) for h, b in zip(hidden, biases, strict=True)]
+    acc = at_least_f32(rows.dtype)
+    return *hidden, act(*(h.astype(acc) for h in hidden)).astype(rows.dtype)

@@ -1,0 +1,59 @@
+"""The store of accepted results: what it finds, replaces and refuses to read."""
+
+import json
+
+import pytest
+
+from moejax.errors import UserError
+from moejax.kernels import accepted
+
+PRODUCTS = ("forward",)
+FAST = {"kernel": {"bfloat16": {"forward": "fast"}}}
+
+
+@pytest.fixture(autouse=True)
+def file(monkeypatch, tmp_path):
+    target = tmp_path / "new" / "kernels.json"
+    monkeypatch.setenv("MOEJAX_KERNELS", str(target))
+    return target
+
+
+def look_up(kind):
+    return accepted.look_up("kernel", "bfloat16", kind, PRODUCTS)
+
+
+def test_finds_what_was_stored_and_where(file):
+    assert look_up("H100") is None
+    assert accepted.store("H100", FAST, {"any": "figures"}) == file
+    assert look_up("H100").choices == {"forward": "fast"}
+    assert str(file) in look_up("H100").source
+    assert accepted.look_up("other", "bfloat16", "H100", PRODUCTS) is None
+
+
+def test_a_second_result_replaces_the_first_of_its_kind_only(file):
+    accepted.store("H100", FAST, {})
+    accepted.store("H200", FAST, {})
+    accepted.store("H100", {"kernel": {"bfloat16": {"forward": "faster"}}}, {})
+    assert look_up("H100").choices == {"forward": "faster"}
+    assert look_up("H200").choices == {"forward": "fast"}
+    assert len(json.loads(file.read_text())) == 2
+
+
+def test_the_users_result_goes_before_the_shipped_one():
+    assert look_up("cpu").choices == {"forward": "tile_scan"}
+    accepted.store("cpu", FAST, {})
+    assert look_up("cpu").choices == {"forward": "fast"}
+
+
+@pytest.mark.parametrize("text", ["no json", "3", '[{"conditions": {}}]'])
+def test_a_file_of_something_else_is_an_error(file, text):
+    file.parent.mkdir()
+    file.write_text(text)
+    with pytest.raises(UserError, match="kernels.json does not hold results.*delete it"):
+        look_up("H100")
+
+
+def test_the_folder_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.delenv("MOEJAX_KERNELS")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert accepted.path() == tmp_path / "moejax" / "kernels.json"
