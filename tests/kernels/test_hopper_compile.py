@@ -1,66 +1,29 @@
 """The Hopper kernels pass the real GPU compiler at the sizes of published models, without a GPU."""
 
-import importlib.util
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental import topologies
 
 from moejax.kernels.activations import GLU_ACTIVATIONS
 from moejax.kernels.grouped_matmul.groups import LocalGroups
+from tests.kernels import h100
+from tests.kernels.h100 import assembler, mesh  # noqa: F401 - fixtures
 
-pytestmark = [
-    pytest.mark.aot,
-    pytest.mark.skipif(
-        importlib.util.find_spec("jax_plugins.xla_cuda13") is None
-        if importlib.util.find_spec("jax_plugins")
-        else True,
-        reason='needs the GPU compiler: pip install "jax[cuda13]"',
-    ),
-]
+pytestmark = [pytest.mark.aot, h100.NEEDS_COMPILER, pytest.mark.usefixtures("assembler")]
 
-# rows, inner width, outer width, groups: gate or up projection at 16,384 tokens, and back.
-SHAPES = {
-    "Mixtral-8x7B": (32768, 4096, 14336, 8),
-    "Mixtral-8x7B, down": (32768, 14336, 4096, 8),
-    "OLMoE-1B-7B": (131072, 2048, 1024, 64),
-    "Qwen3-30B-A3B": (131072, 2048, 768, 128),
-    "DeepSeek-V3, one of 8 devices": (131072, 7168, 2048, 32),
-    "gpt-oss-120b": (65536, 2880, 2880, 128),
-}
+SHAPES = h100.SHAPES | {"Mixtral-8x7B, down": (32768, 14336, 4096, 8)}
 MOST_TEMPORARY_BYTES = 2**20  # lists of tasks, not operands
 
 
-@pytest.fixture(scope="module")
-def mesh():
-    """Four H100s that exist as a description only: what XLA asks the driver of a real one."""
-    topology = topologies.get_topology_desc(
-        topology_name="h100",
-        platform="cuda",
-        target_config=pathlib.Path(__file__).with_name("h100_target.txtpb").read_text(),
-        topology="1x1x4",
-    )
-    return jax.sharding.Mesh(topology.devices, ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-
-
-def compile_for(mesh, function, *shapes):
-    """Compiles for one GPU; shapes of one number are group sizes."""
-    on_one = jax.sharding.SingleDeviceSharding(mesh.devices.flat[0])
-    arguments = [
-        jax.ShapeDtypeStruct(s, jnp.int32 if len(s) == 1 else jnp.bfloat16, sharding=on_one)
-        for s in shapes
-    ]
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        lowered = jax.jit(function).lower(*arguments)
-    assert "mosaic_gpu" in lowered.as_text()
-    return lowered.compile().memory_analysis()
+def compile_for(mesh, function, *shapes):  # noqa: F811
+    """Memory of the program; shapes of one number are group sizes."""
+    arguments = [h100.array(mesh, *s, dtype="int32" if len(s) == 1 else "bfloat16") for s in shapes]
+    return h100.compile_for(mesh, function, *arguments).memory_analysis()
 
 
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("transpose_rhs", [False, True], ids=["KN", "NK"])
-def test_rows_compile_without_a_copy(mesh, name, transpose_rhs):
+def test_rows_compile_without_a_copy(mesh, name, transpose_rhs):  # noqa: F811
     from moejax.kernels.grouped_matmul.hopper import rows
 
     num_rows, inner, outer, groups = SHAPES[name]
@@ -78,16 +41,16 @@ def test_rows_compile_without_a_copy(mesh, name, transpose_rhs):
 
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("name", [name for name in SHAPES if "down" not in name])
-def test_glu_compiles_without_a_copy(mesh, name, biased):
+def test_glu_compiles_without_a_copy(mesh, name, biased):  # noqa: F811
     check_glu(mesh, SHAPES[name], GLU_ACTIVATIONS["silu"], biased)
 
 
 @pytest.mark.parametrize("activation", [name for name in GLU_ACTIVATIONS if name != "silu"])
-def test_every_activation_compiles(mesh, activation):
+def test_every_activation_compiles(mesh, activation):  # noqa: F811
     check_glu(mesh, (4096, 512, 512, 8), GLU_ACTIVATIONS[activation], True)
 
 
-def check_glu(mesh, shape, act, biased):
+def check_glu(mesh, shape, act, biased):  # noqa: F811
     from moejax.kernels.grouped_matmul.hopper.glu import glu
 
     num_rows, inner, outer, groups = shape
@@ -102,7 +65,7 @@ def check_glu(mesh, shape, act, biased):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.float32])
-def test_other_dtypes_compile(mesh, dtype):
+def test_other_dtypes_compile(mesh, dtype):  # noqa: F811
     """float16 operands and result, and a float32 result."""
     from moejax.kernels.grouped_matmul.hopper import rows
 
@@ -115,7 +78,7 @@ def test_other_dtypes_compile(mesh, dtype):
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
-def test_compiles_inside_shard_map(mesh, check_vma):
+def test_compiles_inside_shard_map(mesh, check_vma):  # noqa: F811
     """Rows sharded, weights replicated; the result is known to differ between devices."""
     from moejax.kernels.grouped_matmul import grouped_matmul
 
