@@ -1,191 +1,174 @@
-"""Times grouped_matmul and expert_mlp against dense matmuls of equal FLOPs, on this machine.
+"""Times moejax's grouped matmuls and expert MLP, and every library's, on this machine.
 
-Variants alternate within every round, so that a slow moment hits all of them; the table gives
-medians and minima. `ratio` is the median time over that of the dense matmuls of equal FLOPs.
+    python tools/bench_kernels.py --json a.json            the whole table
+    python tools/bench_kernels.py --products gate_up,drhs --models qwen3 --distributions balanced
+    python tools/bench_kernels.py --everything --json $OUT/a.json     conformance, then the table,
+                                                                      within nine minutes
+    python tools/plot_kernels.py a.json --out a.png
 
-    python tools/bench_kernels.py --tokens 2048 --width 256 --experts 16 --top-k 4
+Shapes, distributions and products are those of `kernel_cases.py`; bfloat16 on accelerators. On a
+CPU the models are a scale of 8 smaller, in float32, and shapes of 64 groups are added. Every result
+is checked before it is timed (`kernel_checks.py`); one that is wrong says so and takes part in no
+comparison. Variants alternate within every round, over several sets of fresh random operands, so
+that neither a slow moment nor a cache favours one. `dense` is a matmul of the same FLOPs with one
+matrix: the ceiling. What cannot run is listed with its reason.
 
-On CPU, glibc settings that keep memory between calls change the times; set the same for everything
-you compare: MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_ARENA_MAX=1
+On CPU, glibc settings that keep memory between calls change the times; the JSON records them:
+MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_ARENA_MAX=1
 MALLOC_TOP_PAD_=268435456 GLIBC_TUNABLES=glibc.malloc.hugetlb=1
+torch's threads there wait by spinning and lose tens of milliseconds wherever another process runs:
+measure on a quiet machine, or with OMP_WAIT_POLICY=passive, which costs it up to twofold.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import pathlib
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
+from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import jax
-import jax.numpy as jnp
-import numpy as np
+from kernel_cases import CPU_MODELS, DISTRIBUTIONS, MODELS, PRODUCTS, Case, Model
+from kernel_libraries import Variant, variants
+from kernel_report import print_case, print_summary
+from kernel_rounds import Effort, bench_case
+from kernel_timing import ROOT, machine, measure_ceilings
 
-from moejax.kernels import expert_mlp as mlp_kernels
-from moejax.kernels import grouped_matmul as matmul_kernels
-
-Case = tuple[Callable, tuple, float]  # compiled function, arguments, useful FLOPs
+NINE_MINUTES = 540.0
 
 
-def main() -> None:
-    args = parse()
-    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {args.dtype}")
-    data = Data(args)
-    print("rows per expert:", *data.group_sizes)
-    tables = {
-        f"{kernel} {what}": cases
-        for kernel, make in (("grouped_matmul", matmul_cases), ("expert_mlp", mlp_cases))
-        for what, cases in make(data, args).items()
+def main(words: Sequence[str] | None = None) -> int:
+    args = _parse(words)
+    effort = Effort(args.rounds, args.seconds, time.monotonic())
+    conformance = _verify(0.4 * args.seconds) if args.everything else None
+    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    ceilings = measure_ceilings(dtype)
+    report: dict[str, Any] = {
+        "machine": machine(),
+        "dtype": dtype,
+        "conformance": conformance,
+        "ceilings": {"flops": ceilings.flops, "bandwidth": ceilings.bandwidth},
+        "rows": [],
     }
-    rows = [row for name, cases in tables.items() for row in measure(name, cases, args.rounds)]
-    if args.json:
-        pathlib.Path(args.json).write_text(json.dumps(rows, indent=1))
+    _print_head(report)
+    told: set[tuple[str, str]] = set()
+    for case in _cases(args, dtype):
+        for rows in bench_case(case, args.distributions, _chosen(args), ceilings, effort):
+            print_case(rows, told)
+            report["rows"] += rows
+            _save(report, args.json)
+    if effort.left() > 0:  # a machine that others use drifts
+        report["ceilings_at_the_end"] = vars(measure_ceilings(dtype))
+    _save(report, args.json)
+    print_summary(report)
+    if conformance and conformance["status"]:
+        print(
+            f"\nCONFORMANCE FAILED, status {conformance['status']}: {conformance['output'][-2000:]}"
+        )
+    sys.stdout.flush()
+    if effort.abandoned:
+        os._exit(0)  # a compilation that was given up would be waited for
+    return 0
 
 
-def parse() -> argparse.Namespace:
+def _parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for name, default in (
-        ("tokens", 2048),
-        ("width", 256),
-        ("expert-width", 256),
-        ("experts", 16),
-        ("top-k", 4),
-        ("rounds", 15),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    known = {"models": (*MODELS, *CPU_MODELS), "distributions": DISTRIBUTIONS, "products": PRODUCTS}
+    for name, values in known.items():
+        parser.add_argument(
+            f"--{name}",
+            type=lambda text, name=name, values=values: _listed(text, name, values),
+            help=f"of {', '.join(values)}, with commas between; default: all that suit the device",
+        )
     parser.add_argument(
-        "--skew", type=float, default=0.5, help="deviation of the experts' logits; 0 is balanced"
+        "--variants", help="only variants whose name contains one of these words; dense always"
     )
+    parser.add_argument("--scale", type=int, help="divide tokens and widths; default 1, CPU 8")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, help="stop then, and say what was not measured")
+    parser.add_argument("--json", type=pathlib.Path, help="write everything measured to this file")
     parser.add_argument(
-        "--ragged-dot", action="store_true", help="also time XLA's ragged dot (slow on CPU)"
+        "--everything", action="store_true", help="run `moejax verify-kernels` first"
     )
-    parser.add_argument("--json", help="also write the rows to this file")
-    return parser.parse_args()
+    args = parser.parse_args(words)
+    args.distributions = args.distributions or list(DISTRIBUTIONS)
+    args.products = args.products or list(PRODUCTS)
+    if args.everything and args.seconds is None:
+        args.seconds = NINE_MINUTES
+    return args
 
 
-class Data:
-    """Random tokens, experts and routes."""
-
-    def __init__(self, args: argparse.Namespace):
-        rng = np.random.default_rng(0)
-        t, d, f, e, k = args.tokens, args.width, args.expert_width, args.experts, args.top_k
-        draw = lambda *shape: jnp.asarray(rng.standard_normal(shape) / 16, args.dtype)
-        self.x, self.dout = draw(t, d), draw(t, d)
-        self.gate, self.up, self.down = draw(e, d, f), draw(e, d, f), draw(e, f, d)
-        self.weights = jnp.asarray(rng.random((t, k)), jnp.float32)
-        logits = rng.standard_normal((t, e)) + args.skew * rng.standard_normal(e)
-        self.experts = jnp.asarray(np.argsort(-logits, 1)[:, :k], jnp.int32)
-        self.group_sizes = np.bincount(np.asarray(self.experts).ravel(), minlength=e)
-        self.rows, self.drows = draw(t * k, d), draw(t * k, f)
-
-
-def implementations(known: Iterable[str], args: argparse.Namespace) -> list[str]:
-    return [name for name in known if name != "xla" or args.ragged_dot]
-
-
-def can_serve(name: str, args: argparse.Namespace) -> bool:
-    reason = matmul_kernels.obstacle(name, args.dtype)
-    if reason is not None:
-        print(f"grouped_matmul {name} is left out: {reason}")
-    return reason is None
-
-
-def matmul_cases(data: Data, args: argparse.Namespace) -> dict[str, dict[str, Case]]:
-    sizes = jnp.asarray(data.group_sizes, jnp.int32)
-    flops = 2 * data.rows.size * data.gate.shape[2]
-
-    def cases(product: Callable) -> tuple[Case, Case]:
-        both = lambda a, b, dout: (lambda out, vjp: (out, vjp(dout)))(*jax.vjp(product, a, b))
-        operands = (data.rows, data.gate if product is not jnp.dot else data.gate[0])
-        return (
-            (jax.jit(product), operands, flops),
-            (jax.jit(both), (*operands, data.drows), 3 * flops),
+def _listed(text: str, name: str, known: tuple[str, ...]) -> list[str]:
+    words = [word for word in text.split(",") if word]
+    if unknown := [word for word in words if word not in known]:
+        raise argparse.ArgumentTypeError(
+            f"there is no {unknown[0]!r} among {name}; use {', '.join(known)}"
         )
+    return words
 
-    made = {"dense": cases(jnp.dot)}
-    for name in implementations(matmul_kernels.IMPLEMENTATIONS, args):
-        if not can_serve(name, args):
-            continue
-        call = lambda a, b, name=name: matmul_kernels.grouped_matmul(
-            a, b, sizes, implementation=name
+
+def _cases(args: argparse.Namespace, dtype: str) -> list[Case]:
+    """Product by product, so that a time budget leaves every model something."""
+    on_cpu = jax.default_backend() == "cpu"
+    scale = args.scale or (8 if on_cpu else 1)
+    names = args.models or [*(CPU_MODELS if on_cpu else ()), *MODELS]
+    models: list[Model] = [
+        CPU_MODELS[name] if name in CPU_MODELS else MODELS[name].scaled(scale) for name in names
+    ]
+    return [Case(model, product, dtype) for product in args.products for model in models]
+
+
+def _chosen(args: argparse.Namespace) -> list[Variant]:
+    words = args.variants.split(",") if args.variants else [""]
+    return [v for v in variants() if v.name == "dense" or any(word in v.name for word in words)]
+
+
+def _verify(limit: float) -> dict[str, Any]:
+    """Runs `moejax verify-kernels` in a process of its own, which gives the device back."""
+    command = [sys.executable, "-m", "moejax", "verify-kernels"]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    try:
+        run = subprocess.run(
+            command,
+            env=os.environ | {"PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            timeout=limit,
         )
-        made[name] = cases(call)
-    return _by_direction(made)
+        status, output = run.returncode, run.stdout + run.stderr
+    except subprocess.TimeoutExpired as error:
+        status, output = "took too long", (error.stdout or b"").decode()
+    print(output)
+    return {"command": command[1:], "status": status, "output": output}
 
 
-def mlp_cases(data: Data, args: argparse.Namespace) -> dict[str, dict[str, Case]]:
-    flops = 3 * 2 * data.rows.size * data.gate.shape[2]
-    made = {"dense": _dense_mlp(data, flops)}
-    for name in implementations(mlp_kernels.IMPLEMENTATIONS, args):
-
-        def call(x, gate, up, down, weights, name=name):
-            return mlp_kernels.expert_mlp(
-                x, gate, up, down, data.experts, weights, implementation=name
-            )
-
-        def both(x, gate, up, down, weights, dout, call=call):
-            out, vjp = jax.vjp(call, x, gate, up, down, weights)
-            return out, vjp(dout)
-
-        operands = (data.x, data.gate, data.up, data.down, data.weights)
-        made[name] = (
-            (jax.jit(call), operands, flops),
-            (jax.jit(both), (*operands, data.dout), 3 * flops),
-        )
-    return _by_direction(made)
-
-
-def _dense_mlp(data: Data, flops: float) -> tuple[Case, Case]:
-    """The bare matmuls of one dense MLP on all rows: no routing, no activation."""
-
-    def forward(x, gate, up, down):
-        return x @ gate, (x @ up) @ down
-
-    def both(x, gate, up, down, dh):
-        dx = dh @ gate.T, dh @ up.T, x @ down.T
-        return forward(x, gate, up, down), dx, (x.T @ dh, x.T @ (2 * dh), dh.T @ x)
-
-    operands = (data.rows, data.gate[0], data.up[0], data.down[0])
-    return (jax.jit(forward), operands, flops), (jax.jit(both), (*operands, data.drows), 3 * flops)
-
-
-def _by_direction(made: dict[str, tuple[Case, Case]]) -> dict[str, dict[str, Case]]:
-    return {
-        "forward": {name: pair[0] for name, pair in made.items()},
-        "forward+backward": {name: pair[1] for name, pair in made.items()},
-    }
-
-
-def measure(title: str, cases: dict[str, Case], rounds: int) -> list[dict]:
-    for function, args, _ in cases.values():
-        jax.block_until_ready(function(*args))
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for _ in range(rounds):
-        for name, (function, args, _) in cases.items():
-            start = time.perf_counter()
-            jax.block_until_ready(function(*args))
-            seconds[name].append(time.perf_counter() - start)
+def _print_head(report: dict[str, Any]) -> None:
+    where, ceilings = report["machine"], report["ceilings"]
+    versions = ", ".join(f"{k} {v}" for k, v in where["versions"].items() if v)
+    print(f"{where['device_kind']} ({where['processor']}), {versions}, commit {where['commit']}")
+    print(f"allocator and flags: {where['environment'] or 'none set'}")
     print(
-        f"\n{title}\n{'':12}{'median ms':>10}{'min ms':>10}{'GFLOP/s':>10}{'best':>8}{'ratio':>8}"
+        f"measured ceilings: {ceilings['flops'] / 1e12:.3g} TFLOP/s in {report['dtype']}, "
+        f"{ceilings['bandwidth'] / 1e9:.4g} GB/s read and written"
     )
-    rows = []
-    for name, (_, _, flops) in cases.items():
-        median, least = np.median(seconds[name]), min(seconds[name])
-        ratio = median / np.median(seconds["dense"])
-        print(
-            f"{name:12}{1e3 * median:10.2f}{1e3 * least:10.2f}{flops / median / 1e9:10.0f}"
-            f"{flops / least / 1e9:8.0f}{ratio:8.2f}"
-        )
-        rows.append({"table": title, "name": name, "seconds": seconds[name], "flops": flops})
-    return rows
+
+
+def _save(report: dict[str, Any], path: pathlib.Path | None) -> None:
+    if path is not None:
+        partial = path.with_suffix(".part")
+        partial.write_text(json.dumps(report, indent=1))
+        partial.replace(path)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

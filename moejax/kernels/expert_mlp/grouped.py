@@ -11,7 +11,6 @@ from moejax.kernels.expert_mlp.algebra import Activations, Weights
 from moejax.kernels.expert_mlp.slots import Slots
 from moejax.kernels.grouped_matmul import implementations
 from moejax.kernels.grouped_matmul.groups import LocalGroups
-from moejax.types import at_least_f32
 
 
 class GroupedExperts:
@@ -50,7 +49,7 @@ class _Grouped:
         self._forward = implementations.module(choice.forward).forward
         self._grad_lhs = implementations.module(choice.grad_lhs).grad_lhs
         self._grad_rhs = implementations.module(choice.grad_rhs).grad_rhs
-        self._glu = choice.glu
+        self._choice = choice
         self._groups = LocalGroups(slots.group_sizes, 0)
 
     def times(self, rows: Array, weight: Array) -> Array:
@@ -60,8 +59,7 @@ class _Grouped:
         return self._grad_lhs(rows, weight, self._groups, transpose_rhs=False, dtype=rows.dtype)
 
     def outer(self, left: Array, right: Array) -> Array:
-        acc = at_least_f32(left.dtype)
-        return self._grad_rhs(left, right, self._groups, transpose_rhs=False, dtype=acc)
+        return self._grad_rhs(left, right, self._groups, transpose_rhs=False, dtype=left.dtype)
 
     def spread(self, values: Array, like: Array) -> Array:
         return self._groups.of_rows(values, like.shape[0]).astype(like.dtype)
@@ -71,10 +69,14 @@ class _Grouped:
 
     def glu(self, rows: Array, w: Weights, act: GluActivation) -> tuple[Array, Array, Array]:
         biases = None if w.gate_bias is None else (w.gate_bias, w.up_bias)
-        return implementations.glu(self._glu, rows, w.gate, w.up, biases, self._groups, act=act)
+        return implementations.glu(
+            self._choice.glu, rows, w.gate, w.up, biases, self._groups, act=act
+        )
 
     def times_both_transposed(self, dgate: Array, dup: Array, gate: Array, up: Array) -> Array:
-        return self.times_transposed(dgate, gate) + self.times_transposed(dup, up)
+        return implementations.grad_rows_of_glu(
+            self._choice.grad_lhs, dgate, dup, gate, up, self._groups
+        )
 
     def outer_both(self, left: Array, dgate: Array, dup: Array) -> tuple[Array, Array]:
         return self.outer(left, dgate), self.outer(left, dup)

@@ -1,7 +1,8 @@
 """The implementations of grouped matmul, and which of them computes each product.
 
 An implementation is a module of this package with the functions `obstacle`, `forward`, `grad_lhs`
-and `grad_rhs`, and `glu` where it has a fused one. Adding one is a file and its name here.
+and `grad_rhs`, and `glu` and `grad_rows_of_glu` where those are fused. Adding one is a file and its
+name here.
 """
 
 from __future__ import annotations
@@ -104,3 +105,22 @@ def glu(
         hidden = [h + groups.of_rows(b, rows.shape[0]) for h, b in zip(hidden, biases, strict=True)]
     acc = at_least_f32(rows.dtype)
     return *hidden, act(*(h.astype(acc) for h in hidden)).astype(rows.dtype)
+
+
+def grad_rows_of_glu(
+    name: str, dgate: Array, dup: Array, gate: Array, up: Array, groups: LocalGroups
+) -> Array:
+    """dgate Wg^T + dup Wu^T, `[R, D]` in the dtype of `dgate`; zero in rows of no group.
+
+    Args:
+      name: the implementation; one without a fused kernel adds two rounded products.
+      dgate, dup: `[R, F]`.
+      gate, up: the groups' matrices, `[G, D, F]`.
+      groups: of the rows.
+    """
+    kernels = module(name)
+    if hasattr(kernels, "grad_rows_of_glu"):
+        return kernels.grad_rows_of_glu(dgate, dup, gate, up, groups, dtype=dgate.dtype)
+    options = {"transpose_rhs": False, "dtype": dgate.dtype}
+    left = kernels.grad_lhs(dgate, gate, groups, **options)
+    return left + kernels.grad_lhs(dup, up, groups, **options)

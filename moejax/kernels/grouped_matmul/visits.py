@@ -66,7 +66,8 @@ def _visits(
     visit = jnp.arange(-(-num_rows // height) + ids.shape[0], dtype=jnp.int32)
     used = visit < ends[-1]
     visit = jnp.minimum(visit, ends[-1] - 1)
-    run = jnp.searchsorted(ends, visit, side="right")
+    # Compared with every end at once: the search by halves is a loop on TPU.
+    run = jnp.searchsorted(ends, visit, side="right", method="compare_all")
     stop = stops[run]
     as_int32 = lambda x: x.astype(jnp.int32)
     return Visits(
