@@ -88,6 +88,7 @@ PRODUCTS = (
     "forward_backward",
 )
 FORWARD, GRAD_LHS, GRAD_RHS = ("gate_up", "down"), ("dlhs", "down_dlhs"), ("drhs", "down_drhs")
+MOVES = ("permute", "combine")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +168,7 @@ class Case:
     def flops(self) -> float:
         """Useful floating-point operations."""
         m, (k, n) = self.model, self.widths
-        if self.product in ("permute", "combine"):
+        if self.product in MOVES:
             return 0.0
         if self.product.startswith("expert_mlp"):
             return 6.0 * m.rows * m.d * m.f * (3 if self.product == "expert_mlp_grad" else 1)

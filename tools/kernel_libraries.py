@@ -9,7 +9,7 @@ from typing import Protocol
 
 import jax.numpy as jnp
 from jax import lax
-from kernel_cases import FORWARD, GRAD_LHS, GRAD_RHS, Case
+from kernel_cases import FORWARD, GRAD_LHS, GRAD_RHS, MOVES, Case
 from kernel_peers import (
     CannotRun,
     Dense,
@@ -99,6 +99,8 @@ class MosaicSample:
     name: str = "JAX mgpu sample"
 
     def function(self, case: Case) -> Callable:
+        if case.product in MOVES:
+            raise NotAVariant
         if (here := compat.target_platform()) != "gpu":
             raise CannotRun(f"it runs on gpu, and this is {here}")
         if case.product in FORWARD or case.product in GRAD_LHS:
@@ -107,8 +109,6 @@ class MosaicSample:
             return self._weights
         if case.product == "glu":
             return glu_of_dot(functools.partial(self._rows, transposed=False))
-        if case.product in ("permute", "combine"):
-            raise NotAVariant
         raise CannotRun("it has no gradients")
 
     def blocks(self, case: Case) -> dict[str, int] | None:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from kernel_cases import FORWARD, GRAD_LHS, GRAD_RHS, Case
+from kernel_cases import FORWARD, GRAD_LHS, GRAD_RHS, MOVES, Case
 
 from moejax.kernels import compat
 from moejax.kernels.activations import glu_activation
@@ -94,7 +94,7 @@ class Moejax:
         return f"moejax {self.implementation}"
 
     def function(self, case: Case) -> Callable:
-        if case.product in ("permute", "combine"):
+        if case.product in MOVES:
             raise NotAVariant  # rows move in one way on every implementation: `Moves`
         try:
             reason = implementations.obstacle(self.implementation, case.dtype)
@@ -195,6 +195,8 @@ class Dot:
     options: tuple[tuple[str, Any], ...] = ()  # for the compiler
 
     def function(self, case: Case) -> Callable:
+        if case.product in MOVES:
+            raise NotAVariant
         if (here := compat.target_platform()) not in self.platforms:
             raise CannotRun(f"it runs on {' and '.join(self.platforms)}, and this is {here}")
         plain = lambda a, b, sizes: self.dot(a, b, sizes, jnp.dtype(case.dtype))
@@ -205,15 +207,12 @@ class Dot:
         if case.product in GRAD_RHS:
             return lambda lhs, dout, sizes: _pull_rhs(plain, lhs, dout, sizes)
         mlp = mlp_of_dot(plain)
-        made = {
+        return {
             "forward_backward": with_gradients(plain),
             "glu": glu_of_dot(plain),
             "expert_mlp": mlp,
             "expert_mlp_grad": mlp_with_gradients(mlp),
-        }
-        if case.product not in made:
-            raise NotAVariant
-        return made[case.product]
+        }[case.product]
 
 
 def _pull_lhs(dot, dout, rhs, sizes):

@@ -24,7 +24,7 @@ def print_case(rows: list[Row], told: set[tuple[str, str]]) -> None:
         f"R {first['R']}, K {first['K']}, N {first['N']}, G {first['G']}"
     )
     print(
-        f"{'':26}{'median ms':>10}{'least':>9}{'spread':>8}{'runs':>5}{_unit()[0]:>9}"
+        f"{'':26}{'median ms':>11}{'least':>11}{'spread':>10}{'runs':>5}{_unit()[0]:>9}"
         f"{'peak':>6}{'dense':>7}{'roof':>6}{'temp MB':>9}{'error':>9}"
     )
     for row in measured:
@@ -42,8 +42,8 @@ def _line(row: Row) -> str:
     error = f"{row['error']:9.1e}" if "error" in row else f"{'':9}"
     rate = row["flops_per_second"] / _unit()[1]
     return (
-        f"{row['variant']:26}{1e3 * row['median']:10.3f}{1e3 * row['least']:9.3f}"
-        f"{1e3 * row['quartiles']:8.3f}{len(row['seconds']):5}{rate:9.3g}"
+        f"{row['variant']:26}{1e3 * row['median']:11.3f}{1e3 * row['least']:11.3f}"
+        f"{1e3 * row['quartiles']:10.3f}{len(row['seconds']):5}{rate:9.3g}"
         f"{percent(row['share_of_peak'])}{ratio}{percent(row['share_of_roofline'])}{temp}{error}"
         f"{'  WRONG' if row['status'] == 'WRONG' else ''}"
     )

@@ -79,7 +79,7 @@ def _num_sets(case: Case) -> int:
     """Enough sets of operands that together they are larger than the caches."""
     item = 2 if case.dtype == "bfloat16" else 4
     each = item * sum(int(np.prod(shape)) for shape, _ in case.shapes().values())
-    return int(np.clip(np.ceil(CACHE_BYTES / each), 1, 4))
+    return int(np.clip(np.ceil(CACHE_BYTES / each), 1, 16))
 
 
 def _prepare_all(

@@ -1,8 +1,9 @@
 """Cuts groups of rows into tiles of a few static heights, and loops over the tiles.
 
 XLA needs static shapes and groups have dynamic sizes. Each group becomes tiles of the greatest
-height plus one tile of the smallest height that holds the rest. One loop per height then runs over
-the tiles of that height, so nothing is padded in memory, no branch is taken (XLA's conditional
+height plus one tile of the smallest height that holds the rest; heights lie closest together about
+the mean size of a group, where a balanced routing has most of them. One loop per height then runs
+over the tiles of that height, so nothing is padded in memory, no branch is taken (XLA's conditional
 copies its operands on some versions), and the loops' carries are updated in place.
 
 A tile may be taller than its group's rest, and then overlaps a neighbour. `load` reads the rows of
@@ -22,9 +23,13 @@ from jaxtyping import Bool, Int
 
 Carry = TypeVar("Carry")
 
-# Ascending, and dense enough that most groups are one tile hardly taller than they are: a second
-# tile reads and writes the group's weight gradient again. Each height is one more loop to compile.
-HEIGHTS = (32, 64, 128, 256, 384, 512, 640, 768, 1024)
+# Heights in mean sizes of a group. Balanced groups are within an eighth of it; every height is one
+# more loop to compile.
+_HEIGHTS = (1 / 4, 1 / 2, 3 / 4, 7 / 8, 1, 9 / 8, 5 / 4, 3 / 2, 2, 3, 4)
+_TALLEST = (512, 1024)  # a second tile reads the group's weights again; a taller one leaves caches
+_SMALLEST_MEAN = 64  # rows: smaller groups wait for their weights from memory, whatever the height
+_FEW_ROWS = 2048  # in all: fewer are done before more than a few loops are compiled
+_COARSE = (32, 64, 128, 256, 512)
 
 
 @jax.tree_util.register_dataclass
@@ -56,10 +61,15 @@ class Tile:
     group: Int[Array, ""]
     start: Int[Array, ""]
     inside: Bool[Array, " height"]
+    is_first: bool  # no tile of the group came before
 
     def load(self, source: Array) -> Array:
         """The tile's rows of `source` `[R, ...]`; rows of other groups read as zero."""
-        return self.select(lax.dynamic_slice_in_dim(source, self.start, self.inside.size, 0), 0)
+        return self.select(self.load_all(source), 0)
+
+    def load_all(self, source: Array) -> Array:
+        """As `load`, with rows of other groups as they are: for products that keep rows apart."""
+        return lax.dynamic_slice_in_dim(source, self.start, self.inside.size, 0)
 
     def gather(self, source: Array, index: Int[Array, " R"]) -> Array:
         """`source[index]` for the tile's rows; rows of other groups read as zero."""
@@ -73,8 +83,10 @@ class Tile:
         return lax.dynamic_update_slice_in_dim(target, rows, self.start, 0)
 
     def add_to_group(self, target: Array, value: Array) -> Array:
-        """`target` `[G, ...]` with `value` added to the entry of the tile's group."""
-        value = value.astype(target.dtype) + target[self.group]
+        """`target` `[G, ...]`, zero at first, with `value` added to the entry of the group."""
+        value = value.astype(target.dtype)
+        if not self.is_first:  # else the entry is still zero and need not be read
+            value = value + target[self.group]
         return lax.dynamic_update_index_in_dim(target, value, self.group, 0)
 
     def select(self, rows: Array, other: Array | int) -> Array:
@@ -91,6 +103,22 @@ def group_bounds(
     return jnp.concatenate([first, ends[:-1]]), ends
 
 
+def tile_heights(total_rows: int, num_groups: int) -> tuple[int, ...]:
+    """Ascending heights of tiles for `num_groups` groups of together `total_rows` rows."""
+    if total_rows < _FEW_ROWS:
+        heights = set(_COARSE)
+    else:
+        mean = min(max(total_rows / num_groups, _SMALLEST_MEAN), _TALLEST[1] / _HEIGHTS[-1])
+        heights = {_round_up(mean * height) for height in _HEIGHTS}
+        heights |= {height for height in (_TALLEST[0] // 2, _TALLEST[0]) if height > max(heights)}
+    return tuple(h for h in sorted(heights) if h < total_rows) or (total_rows,)
+
+
+def _round_up(height: float) -> int:
+    step = 16 if height > 96 else 32
+    return -(-int(height) // step) * step
+
+
 def plan_tiles(
     group_sizes: Int[Array, " G"], total_rows: int, *, first_row: Int[Array, ""] | int = 0
 ) -> TileList:
@@ -101,8 +129,9 @@ def plan_tiles(
       total_rows: R > 0. What the sizes claim beyond it does not exist.
       first_row: where the first group starts.
     """
-    heights = tuple(h for h in HEIGHTS if h < total_rows) or (total_rows,)
-    top, num_groups = heights[-1], group_sizes.shape[0]
+    num_groups = group_sizes.shape[0]
+    heights = tile_heights(total_rows, num_groups)
+    top = heights[-1]
     starts, ends = group_bounds(group_sizes, total_rows, first_row)
     tiles_per_group = -(-(ends - starts) // top)
     tile_ends = jnp.cumsum(tiles_per_group)
@@ -130,7 +159,10 @@ def plan_tiles(
 
 
 def scan_tiles(tiles: TileList, body: Callable[[Tile, Carry], Carry], carry: Carry) -> Carry:
-    """Runs `carry = body(tile, carry)` over all tiles, one loop per height."""
+    """Runs `carry = body(tile, carry)` over all tiles, one loop per height, in ascending order.
+
+    So a group's rest comes before its tiles of the greatest height, which are the only several.
+    """
     begin = jnp.zeros_like(tiles.height_ends[0])
     for i, height in enumerate(tiles.heights):
 
@@ -140,7 +172,8 @@ def scan_tiles(tiles: TileList, body: Callable[[Tile, Carry], Carry], carry: Car
             start = jnp.minimum(first, tiles.total_rows - height)
             row = start + jnp.arange(height, dtype=jnp.int32)
             inside = (row >= first) & (row < first + tiles.num_rows[j])
-            return body(Tile(tiles.group[j], start, inside), carry)
+            is_first = height < tiles.heights[-1]
+            return body(Tile(tiles.group[j], start, inside, is_first), carry)
 
         carry = lax.fori_loop(begin, tiles.height_ends[i], step, carry)
         begin = tiles.height_ends[i]

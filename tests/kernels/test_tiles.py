@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moejax.kernels.tiles import HEIGHTS, plan_tiles, scan_tiles
+from moejax.kernels.tiles import plan_tiles, scan_tiles, tile_heights
 
 TOTAL = 1100
 
@@ -39,7 +39,36 @@ def test_every_row_of_a_group_is_visited_once_by_its_group(sizes, first_row):
     owner[first_row : first_row + sizes.sum()] = np.repeat(np.arange(6), sizes)
     np.testing.assert_array_equal(group, owner)
     np.testing.assert_array_equal(count, owner >= 0)
-    assert rows <= 1.5 * sizes.sum() + HEIGHTS[0] * 6  # what rounding up costs
+    assert rows <= 1.5 * sizes.sum() + tile_heights(TOTAL, 6)[0] * 6  # what rounding up costs
+
+
+@pytest.mark.parametrize("mean", [100, 128, 256, 2048, 5000])
+def test_balanced_groups_are_hardly_padded(mean):
+    sizes = np.random.default_rng(0).poisson(mean, 64)
+    heights = tile_heights(mean * 64, 64)
+    assert len(heights) <= 14  # one loop to compile for each
+    rest = sizes % heights[-1]
+    padded = sizes - rest + np.asarray([0, *heights])[np.searchsorted([0, *heights], rest)]
+    assert padded.sum() <= 1.15 * sizes.sum()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.sampled_from([0, 1, 31, 97, 256, 511, 1024, 2048]), max_size=6),
+    st.sampled_from([0, 40]),
+)
+def test_each_group_gets_the_sum_over_its_tiles(sizes, first_row):
+    sizes = np.asarray((sizes + [0] * 6)[:6])
+    sizes = np.diff(np.minimum(np.cumsum(sizes), 2500 - first_row), prepend=0)
+    np.testing.assert_array_equal(counts(jnp.asarray(sizes), jnp.asarray(first_row)), sizes)
+
+
+@jax.jit
+def counts(sizes, first_row):
+    """Rows of each group, added up tile by tile."""
+    body = lambda tile, carry: tile.add_to_group(carry, jnp.sum(tile.inside, dtype=jnp.int32))
+    tiles = plan_tiles(sizes, 2500, first_row=first_row)
+    return scan_tiles(tiles, body, jnp.zeros(6, jnp.int32))
 
 
 @pytest.mark.parametrize("total", [1, 31, 32, 33, 512, 513])

@@ -1,7 +1,7 @@
 """Gated experts tile by tile: each tile of rows goes through its expert at once.
 
-The gathered rows, the activations and their gradients exist only for one tile (at most
-`tiles.HEIGHTS[-1]` rows), so they stay in cache and no `[R, D]` copy of the inputs is formed.
+The gathered rows, the activations and their gradients exist only for one tile (at most 1,024
+rows), so they stay in cache and no `[R, D]` copy of the inputs is formed.
 """
 
 from __future__ import annotations

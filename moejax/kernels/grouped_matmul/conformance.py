@@ -92,6 +92,7 @@ SHAPE_CASES = [
     Case("one row", (0, 1), Shape(1, 40, 72, 2)),
     Case("33 rows", (16, 17), Shape(33, 40, 72, 2)),
     Case("more groups than rows", (0, 1, 0) * 16 + (0,) * 16, Shape(20, 40, 72, 64)),
+    Case("several tall tiles", (1300, 0, 1, 700, 50), Shape(2100, 40, 72, 5)),
     Case("odd widths", (20, 0, 37), Shape(61, 13, 27, 3)),
     Case("widths of one", (20, 0, 37), Shape(61, 1, 1, 3)),
 ]

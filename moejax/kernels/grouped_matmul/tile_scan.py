@@ -27,7 +27,7 @@ def forward(lhs: Array, rhs: Array, groups: LocalGroups, *, transpose_rhs: bool,
     def body(tile, out):
         weight = rhs[tile.group]
         rows = lax.dot_general(
-            tile.load(lhs), weight, (contract, ((), ())), preferred_element_type=acc
+            tile.load_all(lhs), weight, (contract, ((), ())), preferred_element_type=acc
         )
         return tile.store(out, rows)
 
