@@ -4,14 +4,14 @@
     python tools/bench_kernels.py --products gate_up,drhs --models qwen3 --distributions balanced
     python tools/bench_kernels.py --everything --json $OUT/a.json     conformance, then the table,
                                                                       within nine minutes
-    python tools/plot_kernels.py a.json --out a.png
+    python tools/kernel_bench/plot.py a.json --out a.png
 
-Shapes, distributions and products are those of `kernel_cases.py`; bfloat16 on accelerators. On a
-CPU the models are a scale of 8 smaller, in float32, and shapes of 64 groups are added. Every result
-is checked before it is timed (`kernel_checks.py`); one that is wrong says so and takes part in no
-comparison. Variants alternate within every round, over several sets of fresh random operands, so
-that neither a slow moment nor a cache favours one. `dense` is a matmul of the same FLOPs with one
-matrix: the ceiling. What cannot run is listed with its reason.
+Shapes, distributions and products are those of `kernel_bench/cases.py`; bfloat16 on accelerators.
+On a CPU the models are a scale of 8 smaller, in float32, with shapes of 64 groups added. Every
+result is checked before it is timed (`kernel_bench/checks.py`); one that is wrong says so and takes
+part in no comparison. Variants alternate within every round, over several sets of fresh random
+operands, so that neither a slow moment nor a cache favours one. `dense` is a matmul of the same
+FLOPs with one matrix: the ceiling. What cannot run is listed with its reason.
 
 On CPU, glibc settings that keep memory between calls change the times; the JSON records them:
 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_ARENA_MAX=1
@@ -35,11 +35,11 @@ from typing import Any
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import jax
-from kernel_cases import CPU_MODELS, DISTRIBUTIONS, MODELS, PRODUCTS, Case, Model
-from kernel_libraries import Variant, variants
-from kernel_report import print_case, print_summary
-from kernel_rounds import Effort, bench_case
-from kernel_timing import ROOT, machine, measure_ceilings
+from kernel_bench.cases import CPU_MODELS, DISTRIBUTIONS, MODELS, PRODUCTS, Case, Model
+from kernel_bench.libraries import Variant, variants
+from kernel_bench.report import print_case, print_summary
+from kernel_bench.rounds import Effort, bench_case
+from kernel_bench.timing import ROOT, machine, measure_ceilings
 
 NINE_MINUTES = 540.0
 

@@ -18,25 +18,26 @@ PRODUCTS = ("gate_up", "dlhs", "drhs", "forward_backward", "glu", "expert_mlp", 
 def tools():
     """The modules of the benchmark, which find each other only from their folder."""
     sys.path.insert(0, str(TOOLS))
-    names = ("kernel_cases", "kernel_checks", "kernel_libraries", "bench_kernels", "plot_kernels")
+    parts = {n: f"kernel_bench.{n}" for n in ("cases", "checks", "libraries", "plot")}
+    names = parts | {"command": "bench_kernels"}
     try:
-        yield types.SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+        yield types.SimpleNamespace(**{n: importlib.import_module(m) for n, m in names.items()})
     finally:
         sys.path.remove(str(TOOLS))
 
 
 def case_of(tools, product):
-    model = tools.kernel_cases.Model("tiny", 32, 16, 5, 2, 40)
-    return tools.kernel_cases.Case(model, product, "float32")
+    model = tools.cases.Model("tiny", 32, 16, 5, 2, 40)
+    return tools.cases.Case(model, product, "float32")
 
 
 def reference(tools, case, sizes):
     args = (*case.operands(0), *case.routing(sizes, 0))
-    return args, tools.kernel_checks.Reference(case, args, sizes)
+    return args, tools.checks.Reference(case, args, sizes)
 
 
 def outputs(tools, case, args, name="moejax tile_scan"):
-    (variant,) = (v for v in tools.kernel_libraries.variants() if v.name == name)
+    (variant,) = (v for v in tools.libraries.variants() if v.name == name)
     out = variant.function(case)(*args)
     return list(out) if isinstance(out, tuple) else [out]
 
@@ -48,7 +49,7 @@ SIZES = np.array([7, 0, 33, 1, 39], np.int32)
 def test_right_results_pass_the_check(tools, product):
     case = case_of(tools, product)
     args, expected = reference(tools, case, SIZES)
-    assert expected.error(outputs(tools, case, args)) < tools.kernel_checks.tolerance(case)
+    assert expected.error(outputs(tools, case, args)) < tools.checks.tolerance(case)
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
@@ -64,9 +65,7 @@ def test_one_wrong_group_in_any_output_is_noticed(tools, product):
             else out.at[-1:].multiply(1.01)
         )
         bad = out * 1.01 if out.shape[0] == case.model.tokens else bad
-        assert expected.error([*right[:i], bad, *right[i + 1 :]]) > tools.kernel_checks.tolerance(
-            case
-        )
+        assert expected.error([*right[:i], bad, *right[i + 1 :]]) > tools.checks.tolerance(case)
 
 
 @pytest.mark.parametrize("product", ["gate_up", "drhs"])
@@ -77,13 +76,13 @@ def test_nan_and_gradients_of_empty_groups_are_noticed(tools, product):
     at = 0 if product == "gate_up" else 1
     assert not expected.error([out.at[at].set(jnp.nan)]) <= 1
     if product == "drhs":
-        assert expected.error([out.at[1].set(out[0])]) > tools.kernel_checks.tolerance(case)
+        assert expected.error([out.at[1].set(out[0])]) > tools.checks.tolerance(case)
 
 
 def test_distributions_give_every_row_to_a_group(tools):
-    kernel_cases = tools.kernel_cases
-    for model in kernel_cases.MODELS.values():
-        sizes = {d: kernel_cases.group_sizes(d, model) for d in kernel_cases.DISTRIBUTIONS}
+    cases = tools.cases
+    for model in cases.MODELS.values():
+        sizes = {d: cases.group_sizes(d, model) for d in cases.DISTRIBUTIONS}
         assert {int(s.sum()) for s in sizes.values()} == {model.rows}
         assert np.count_nonzero(sizes["one"]) == 1
         assert np.count_nonzero(sizes["half_empty"]) == model.experts // 2
@@ -94,7 +93,7 @@ def test_the_command_measures_and_says_what_it_could_not(tools, tmp_path, capsys
     report, picture = tmp_path / "report.json", tmp_path / "a.png"
     words = "--models olmoe --scale 128 --rounds 2 --products gate_up,permute --distributions zipf"
     words = [*words.split(), "--variants", "tile_scan,gather,moejax tpu", "--json", str(report)]
-    assert tools.bench_kernels.main(words) == 0
+    assert tools.command.main(words) == 0
     assert "1 rows: moejax tpu: it runs on TPU, and this is cpu" in capsys.readouterr().out
     found = json.loads(report.read_text())
     rows = {(r["product"], r["variant"]): r for r in found["rows"]}
@@ -106,14 +105,14 @@ def test_the_command_measures_and_says_what_it_could_not(tools, tmp_path, capsys
     assert rows["permute", "moejax gather"]["status"] == "ok"
     assert rows["gate_up", "moejax tpu"]["status"] == "cannot run"
     assert found["ceilings"]["flops"] > 0
-    tools.plot_kernels.main([str(report), "--out", str(picture)])
+    tools.plot.main([str(report), "--out", str(picture)])
     assert picture.stat().st_size > 1000
 
 
 def test_out_of_time_is_reported(tools, tmp_path):
     report = tmp_path / "report.json"
     words = f"--models olmoe --scale 128 --products gate_up --seconds 0 --json {report}"
-    assert tools.bench_kernels.main(words.split()) == 0
+    assert tools.command.main(words.split()) == 0
     rows = json.loads(report.read_text())["rows"]
     assert {(r["status"], r["reason"]) for r in rows} == {("not measured", "out of time")}
     assert len(rows) == 5

@@ -9,8 +9,8 @@ from typing import Protocol
 
 import jax.numpy as jnp
 from jax import lax
-from kernel_cases import FORWARD, GRAD_LHS, GRAD_RHS, MOVES, Case
-from kernel_peers import (
+from kernel_bench.cases import FORWARD, GRAD_LHS, GRAD_RHS, MOVES, Case
+from kernel_bench.peers import (
     CannotRun,
     Dense,
     Dot,
@@ -21,7 +21,7 @@ from kernel_peers import (
     glu_of_dot,
     installed,
 )
-from kernel_torch import Torch
+from kernel_bench.torch_peer import Torch
 
 from moejax.kernels import compat
 from moejax.kernels.grouped_matmul import implementations

@@ -1,6 +1,6 @@
 """A picture of what `bench_kernels.py` measured: the share of the measured dense peak.
 
-    python tools/plot_kernels.py a.json [b.json ...] --out kernels.png
+    python tools/kernel_bench/plot.py a.json [b.json ...] --out kernels.png
 
 One panel for each product, one group of bars for each model. A bar is the balanced distribution,
 the thin line on it reaches from the slowest to the fastest one. Wrong results are left out.

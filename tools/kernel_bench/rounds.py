@@ -11,11 +11,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from kernel_cases import Case, group_sizes
-from kernel_checks import Reference, tolerance
-from kernel_libraries import Variant
-from kernel_peers import CannotRun, NotAVariant
-from kernel_timing import CACHE_BYTES, Ceilings, compiled, spread, time_calls
+from kernel_bench.cases import Case, group_sizes
+from kernel_bench.checks import Reference, tolerance
+from kernel_bench.libraries import Variant
+from kernel_bench.peers import CannotRun, NotAVariant
+from kernel_bench.timing import CACHE_BYTES, Ceilings, compiled, spread, time_calls
 
 from moejax.kernels import compat
 

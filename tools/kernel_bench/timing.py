@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 CACHE_BYTES = 4 * 50e6  # four times an H100's L2; more than the last level of most CPUs
 ALLOCATOR = ("MALLOC_", "GLIBC_TUNABLES", "XLA_", "LD_PRELOAD", "OMP_", "JAX_PLATFORMS")
 

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from kernel_cases import FORWARD, GRAD_LHS, GRAD_RHS, MOVES, Case
+from kernel_bench.cases import FORWARD, GRAD_LHS, GRAD_RHS, MOVES, Case
 
 from moejax.kernels import compat
 from moejax.kernels.activations import glu_activation

@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from kernel_cases import FORWARD, GRAD_LHS, GRAD_RHS, Case
-from kernel_peers import CannotRun, installed
+from kernel_bench.cases import FORWARD, GRAD_LHS, GRAD_RHS, Case
+from kernel_bench.peers import CannotRun, installed
 
 from moejax.kernels import compat
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from kernel_cases import FORWARD, GRAD_LHS, GRAD_RHS, Case
+from kernel_bench.cases import FORWARD, GRAD_LHS, GRAD_RHS, Case
 
 from moejax.kernels.activations import glu_activation
 from moejax.kernels.expert_mlp.slots import sort_slots
