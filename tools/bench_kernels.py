@@ -2,8 +2,8 @@
 
     python tools/bench_kernels.py --json a.json            the whole table
     python tools/bench_kernels.py --products gate_up,drhs --models qwen3 --distributions balanced
-    python tools/bench_kernels.py --everything --json $OUT/a.json     conformance, then the table,
-                                                                      within nine minutes
+    python tools/bench_kernels.py --everything --json a.json     conformance, then the table, within
+                                                                  nine minutes
     python tools/kernel_bench/plot.py a.json --out a.png
 
 Shapes, distributions and products are those of `kernel_bench/cases.py`; bfloat16 on accelerators.
