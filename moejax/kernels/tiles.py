@@ -26,7 +26,8 @@ Carry = TypeVar("Carry")
 # Heights in mean sizes of a group. Balanced groups are within an eighth of it; every height is one
 # more loop to compile.
 _HEIGHTS = (1 / 4, 1 / 2, 3 / 4, 7 / 8, 1, 9 / 8, 5 / 4, 3 / 2, 2, 3, 4)
-_TALLEST = (512, 1024)  # a second tile reads the group's weights again; a taller one leaves caches
+_TALL = 512  # rows: a second tile reads the group's weights again, so there are taller ones too
+_TALLEST = 1024  # beyond it a tile's rows leave the caches
 _SMALLEST_MEAN = 64  # rows: smaller groups wait for their weights from memory, whatever the height
 _FEW_ROWS = 2048  # in all: fewer are done before more than a few loops are compiled
 _COARSE = (32, 64, 128, 256, 512)
@@ -108,9 +109,9 @@ def tile_heights(total_rows: int, num_groups: int) -> tuple[int, ...]:
     if total_rows < _FEW_ROWS:
         heights = set(_COARSE)
     else:
-        mean = min(max(total_rows / num_groups, _SMALLEST_MEAN), _TALLEST[1] / _HEIGHTS[-1])
-        heights = {_round_up(mean * height) for height in _HEIGHTS}
-        heights |= {height for height in (_TALLEST[0] // 2, _TALLEST[0]) if height > max(heights)}
+        mean = min(max(total_rows / num_groups, _SMALLEST_MEAN), _TALL)
+        heights = {min(_round_up(mean * height), _TALLEST) for height in _HEIGHTS}
+        heights |= {height for height in (_TALL // 2, _TALL) if height > max(heights)}
     return tuple(h for h in sorted(heights) if h < total_rows) or (total_rows,)
 
 

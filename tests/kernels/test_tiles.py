@@ -42,7 +42,7 @@ def test_every_row_of_a_group_is_visited_once_by_its_group(sizes, first_row):
     assert rows <= 1.5 * sizes.sum() + tile_heights(TOTAL, 6)[0] * 6  # what rounding up costs
 
 
-@pytest.mark.parametrize("mean", [100, 128, 256, 2048, 5000])
+@pytest.mark.parametrize("mean", [100, 128, 256, 512, 700, 2048, 5000])
 def test_balanced_groups_are_hardly_padded(mean):
     sizes = np.random.default_rng(0).poisson(mean, 64)
     heights = tile_heights(mean * 64, 64)
