@@ -54,9 +54,8 @@ def look_up(
     kernel: str, dtype: str, device_kind: str, products: tuple[str, ...]
 ) -> Accepted | None:
     """What was accepted for `kernel` on operands of `dtype`; None where nothing was."""
-    here = conditions(device_kind)
-    for record in _records(path()):
-        if record["conditions"] == here:
+    for record in _records(path()):  # mostly none, and then nothing has to be hashed
+        if record["conditions"] == conditions(device_kind):
             choices = record["choices"].get(kernel, {}).get(dtype)
             if choices is not None:
                 return Accepted(choices, f"accepted by moejax verify-kernels in {path()}")

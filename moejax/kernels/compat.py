@@ -17,6 +17,8 @@ from jax import Array, lax
 
 from moejax.errors import UserError
 
+GPU_KERNELS_SINCE = (0, 11, 2)  # the first JAX whose simulator runs Mosaic GPU kernels
+
 
 def _varying_axes(x: Any) -> frozenset[str]:
     """The manual mesh axes over which the value of `x` may differ; empty outside `shard_map`."""
@@ -106,7 +108,7 @@ def interpret_gpu(**options: Any) -> Iterator[None]:
     Raises:
       UserError: this JAX has no such simulator.
     """
-    if jax.__version_info__ < (0, 11, 2):
+    if jax.__version_info__ < GPU_KERNELS_SINCE:
         raise UserError(
             "simulating GPU kernels needs jax 0.11.2 or newer (Python 3.12 or newer), and this is "
             f"jax {jax.__version__}; use a newer jax, or the implementation 'tile_scan'"

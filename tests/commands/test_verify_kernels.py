@@ -8,6 +8,15 @@ from moejax.kernels.expert_mlp import conformance as mlp_kit
 from moejax.kernels.grouped_matmul import conformance as kit
 from moejax.kernels.grouped_matmul import implementations, tile_scan
 
+ACCEPT_TILE_SCAN = [
+    "verify-kernels",
+    "--accept",
+    "--dtype",
+    "float32",
+    "--implementation",
+    "tile_scan",
+]
+
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch, tmp_path):
@@ -35,15 +44,7 @@ def test_prints_a_table_and_stores_nothing_unless_told(capsys):
 
 def test_accept_makes_it_the_default(capsys, monkeypatch):
     monkeypatch.setattr(accepted, "SHIPPED", {})
-    arguments = [
-        "verify-kernels",
-        "--accept",
-        "--dtype",
-        "float32",
-        "--implementation",
-        "tile_scan",
-    ]
-    assert main(arguments) == 0
+    assert main(ACCEPT_TILE_SCAN) == 0
     found = accepted.look_up("grouped_matmul", "float32", "cpu", implementations.Choice._fields)
     assert set(found.choices.values()) == {"tile_scan"}
     assert "stored in" in capsys.readouterr().out
@@ -54,15 +55,7 @@ def test_a_wrong_kernel_is_named_and_never_chosen(capsys, monkeypatch):
     wrong = lambda *a, **k: right(*a, **k).at[-1, 0].add(1)
     monkeypatch.setattr(tile_scan, "grad_rhs", wrong)
     kit._compiled.cache_clear()
-    arguments = [
-        "verify-kernels",
-        "--accept",
-        "--dtype",
-        "float32",
-        "--implementation",
-        "tile_scan",
-    ]
-    assert main(arguments) == 1
+    assert main(ACCEPT_TILE_SCAN) == 1
     out = capsys.readouterr().out
     assert "FAILED" in out
     assert "grad_rhs, all of size one: relative error" in out or "grad_rhs, balanced: rel" in out

@@ -6,12 +6,12 @@ import pytest
 
 from moejax.kernels.activations import GLU_ACTIVATIONS
 from moejax.kernels.grouped_matmul.groups import LocalGroups
-from tests.kernels import h100
+from tests.kernels import h100, model_shapes
 from tests.kernels.h100 import assembler, mesh  # noqa: F401 - fixtures
 
 pytestmark = [pytest.mark.aot, h100.NEEDS_COMPILER, pytest.mark.usefixtures("assembler")]
 
-SHAPES = h100.SHAPES | {"Mixtral-8x7B, down": (32768, 14336, 4096, 8)}
+SHAPES = model_shapes.SHAPES | {"Mixtral-8x7B, down": (32768, 14336, 4096, 8)}
 MOST_TEMPORARY_BYTES = 2**20  # lists of tasks, not operands
 
 

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import pytest
 
 from moejax.kernels.grouped_matmul.groups import LocalGroups
-from tests.kernels import h100
+from tests.kernels import h100, model_shapes
 from tests.kernels.h100 import assembler, mesh  # noqa: F401 - fixtures
 
 pytestmark = [pytest.mark.aot, h100.NEEDS_COMPILER]
 
-SHAPES = h100.SHAPES | {"narrow swizzles": (4096, 304, 720, 4)}
+SHAPES = model_shapes.SHAPES | {"narrow swizzles": (4096, 304, 720, 4)}
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

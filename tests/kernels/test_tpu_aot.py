@@ -13,6 +13,7 @@ from jax.experimental.layout import Format, Layout
 from moejax.kernels.activations import GLU_ACTIVATIONS
 from moejax.kernels.grouped_matmul import grouped_matmul, tpu
 from moejax.kernels.grouped_matmul.groups import LocalGroups
+from tests.kernels.model_shapes import SHAPES
 
 pytestmark = [
     pytest.mark.aot,
@@ -22,14 +23,6 @@ pytestmark = [
     ),
 ]
 
-# rows, inner width, outer width, groups: gate or up projection at 16,384 tokens.
-SHAPES = {
-    "Mixtral-8x7B": (32768, 4096, 14336, 8),
-    "OLMoE-1B-7B": (131072, 2048, 1024, 64),
-    "Qwen3-30B-A3B": (131072, 2048, 768, 128),
-    "DeepSeek-V3, one of 8 devices": (131072, 7168, 2048, 32),
-    "gpt-oss-120b": (65536, 2880, 2880, 128),
-}
 TOPOLOGIES = ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"]
 
 

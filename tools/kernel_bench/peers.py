@@ -105,11 +105,6 @@ class Moejax:
             raise CannotRun(reason)
         return self._whole(case) or self._product(case, kernels)
 
-    def blocks(self, case: Case) -> dict[str, Any] | None:
-        """What the implementation says it cuts this case into, if it says so."""
-        state = getattr(implementations.module(self.implementation), "blocks", None)
-        return state and state(case.product, case.model.rows, case.model.experts, *case.widths)
-
     def _product(self, case: Case, kernels: Any) -> Callable:
         def call(product, dtype):
             return lambda a, b, sizes: product(

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from moejax.kernels import compat
+from moejax.kernels.grouped_matmul import ragged_dims
 from moejax.kernels.grouped_matmul.groups import LocalGroups
 from moejax.kernels.grouped_matmul.held_rows import rolled_to_front, to_front, to_place
 from moejax.kernels.tiles import group_bounds
@@ -60,11 +61,7 @@ def obstacle(dtype) -> str | None:
 
 def forward(lhs: Array, rhs: Array, groups: LocalGroups, *, transpose_rhs: bool, dtype) -> Array:
     """out[r] = lhs[r] @ rhs[group of r] (its transpose if `transpose_rhs`); `[R, N]`."""
-    dims = lax.RaggedDotDimensionNumbers(
-        dot_dimension_numbers=(((1,), (2 if transpose_rhs else 1,)), ((), ())),
-        lhs_ragged_dimensions=[0],
-        rhs_group_dimensions=[0],
-    )
+    dims = ragged_dims.of_rows(transpose_rhs=transpose_rhs)
     # tokamax keeps its tuned tiles by the exact arguments, and plain products without a dtype.
     plain = not transpose_rhs and dtype == jnp.result_type(lhs, rhs)
     out = _ragged_dot(
@@ -86,17 +83,12 @@ def grad_lhs(dout: Array, rhs: Array, groups: LocalGroups, *, transpose_rhs: boo
 
 def grad_rhs(lhs: Array, dout: Array, groups: LocalGroups, *, transpose_rhs: bool, dtype) -> Array:
     """drhs[g] = lhs[rows of g].T @ dout[rows of g]; `[G, K, N]` (`[G, N, K]` if transposed)."""
-    dims = lax.RaggedDotDimensionNumbers(
-        dot_dimension_numbers=(((0,), (0,)), ((), ())),
-        lhs_ragged_dimensions=[0],
-        rhs_group_dimensions=[],
-    )
     a, b = (dout, lhs) if transpose_rhs else (lhs, dout)
     drhs = _ragged_dot(
         _fit_rows(to_front(a, groups)),
         _fit_rows(to_front(b, groups)),
         _sizes(groups, lhs.shape[0]),
-        dims,
+        ragged_dims.OVER_ROWS,
         dtype=dtype,
         kernels=WEIGHT_KERNELS,
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array, lax
 
+from moejax.kernels.grouped_matmul import ragged_dims
 from moejax.kernels.grouped_matmul.groups import LocalGroups
 from moejax.kernels.grouped_matmul.held_rows import to_front, to_place
 from moejax.types import at_least_f32
@@ -23,11 +24,7 @@ def obstacle(dtype) -> str | None:
 
 def forward(lhs: Array, rhs: Array, groups: LocalGroups, *, transpose_rhs: bool, dtype) -> Array:
     """out[r] = lhs[r] @ rhs[group of r] (its transpose if `transpose_rhs`); `[R, N]`."""
-    dims = lax.RaggedDotDimensionNumbers(
-        dot_dimension_numbers=(((1,), (2 if transpose_rhs else 1,)), ((), ())),
-        lhs_ragged_dimensions=[0],
-        rhs_group_dimensions=[0],
-    )
+    dims = ragged_dims.of_rows(transpose_rhs=transpose_rhs)
     out = _ragged_dot(to_front(lhs, groups), rhs, groups, dims).astype(dtype)
     return to_place(out, groups)
 
@@ -39,13 +36,8 @@ def grad_lhs(dout: Array, rhs: Array, groups: LocalGroups, *, transpose_rhs: boo
 
 def grad_rhs(lhs: Array, dout: Array, groups: LocalGroups, *, transpose_rhs: bool, dtype) -> Array:
     """drhs[g] = lhs[rows of g].T @ dout[rows of g]; `[G, K, N]` (`[G, N, K]` if transposed)."""
-    dims = lax.RaggedDotDimensionNumbers(
-        dot_dimension_numbers=(((0,), (0,)), ((), ())),
-        lhs_ragged_dimensions=[0],
-        rhs_group_dimensions=[],
-    )
     a, b = (dout, lhs) if transpose_rhs else (lhs, dout)
-    drhs = _ragged_dot(to_front(a, groups), to_front(b, groups), groups, dims)
+    drhs = _ragged_dot(to_front(a, groups), to_front(b, groups), groups, ragged_dims.OVER_ROWS)
     empty = (groups.sizes == 0)[:, None, None]
     return jnp.where(empty, 0, drhs).astype(dtype)
 

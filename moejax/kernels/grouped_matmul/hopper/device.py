@@ -11,7 +11,6 @@ from moejax.kernels import compat
 
 DTYPES = ("bfloat16", "float16")
 SHARED_MEMORY_BYTES = 232448  # that one block can have, of compute capability 9.0
-_OLDEST_JAX = (0, 11, 2)  # the first whose simulator runs these kernels
 _MULTIPROCESSORS = 132  # H100 SXM, H200: where the compiler is given a device without a count
 _SIMULATED_MULTIPROCESSORS = 3  # fewer than the tasks of a small test, so that each gets several
 
@@ -22,8 +21,8 @@ def obstacle(dtype: Any) -> str | None:
     if name not in DTYPES:
         why = " (tensor cores would round it to tf32)" if name == "float32" else ""
         return f"it multiplies {' and '.join(DTYPES)}, not {name}{why}"
-    if jax.__version_info__ < _OLDEST_JAX:
-        oldest = ".".join(map(str, _OLDEST_JAX))
+    if jax.__version_info__ < compat.GPU_KERNELS_SINCE:
+        oldest = ".".join(map(str, compat.GPU_KERNELS_SINCE))
         return f"it needs jax {oldest} or newer, and this is {jax.__version__}"
     if compat.gpu_interpretation() is not None:
         return None
