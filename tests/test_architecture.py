@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "errors": set(),
     "types": set(),
     "kernels": GROUND,
-    "parallel": GROUND,
+    "parallel": GROUND | {"kernels"},
     "layers": GROUND | {"kernels"},
     **dict.fromkeys(FAMILIES, CORE),
     "models": CORE | FAMILIES,
@@ -43,7 +43,8 @@ MAY_IMPORT = {
     "config": {"errors"},  # edits and stores configs of anything, so it may know nothing
     "experiment": EXPERIMENT,
     "train": TRAIN,
-    "commands": TRAIN | {"train", "config", "interop"},
+    "verification": TRAIN | {"train"},
+    "commands": TRAIN | {"train", "verification", "config", "interop"},
     "__main__": {"commands"},
     "__init__": set(),
 }

@@ -20,7 +20,7 @@ from moejax.errors import UserError
 GPU_KERNELS_SINCE = (0, 11, 2)  # the first JAX whose simulator runs Mosaic GPU kernels
 
 
-def _varying_axes(x: Any) -> frozenset[str]:
+def varying_axes(x: Any) -> frozenset[str]:
     """The manual mesh axes over which the value of `x` may differ; empty outside `shard_map`."""
     kind = getattr(jax.typeof(x), "manual_axis_type", None)
     return frozenset() if kind is None else frozenset(kind.varying)
@@ -33,20 +33,20 @@ def vary_alike(tree: Any) -> Any:
     sharded and a replicated operand is a partial sum. The transpose of this cast is the `psum` that
     completes it. Outside `shard_map` it does nothing.
     """
-    axes = frozenset().union(*map(_varying_axes, jax.tree.leaves(tree)))
+    axes = frozenset().union(*map(varying_axes, jax.tree.leaves(tree)))
 
-    def cast(x: Array) -> Array:
-        missing = tuple(sorted(axes - _varying_axes(x)))
-        return lax.pcast(x, missing, to="varying") if missing else x
+    return jax.tree.map(lambda x: vary_over(x, tuple(axes)), tree)
 
-    return jax.tree.map(cast, tree)
+
+def vary_over(x: Array, axes: tuple[str, ...]) -> Array:
+    """Marks `x` as varying over the manual axes `axes`, where it is not yet."""
+    missing = tuple(sorted(set(axes) - varying_axes(x)))
+    return lax.pcast(x, missing, to="varying") if missing else x
 
 
 def zeros(shape: tuple[int, ...], dtype: Any, *, like: Array) -> Array:
     """Zeros that vary over the same manual axes as `like`, fit for a loop's carry."""
-    axes = tuple(sorted(_varying_axes(like)))
-    out = jnp.zeros(shape, dtype)
-    return lax.pcast(out, axes, to="varying") if axes else out
+    return vary_over(jnp.zeros(shape, dtype), tuple(varying_axes(like)))
 
 
 def matmul(x: Array, w: Array, *, preferred_element_type: Any = None) -> Array:

@@ -1,0 +1,117 @@
+"""`tools/bench_planners.py`: its own planners are right, and the command measures and reports."""
+
+import importlib
+import json
+import pathlib
+import re
+import sys
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.parallel.random_loads import random_loads
+
+TOOLS = pathlib.Path(__file__).resolve().parents[2] / "tools"
+
+
+@pytest.fixture(scope="module")
+def tools():
+    """The modules of the benchmark, which find each other only from their folder."""
+    sys.path.insert(0, str(TOOLS))
+    names = {n: f"planner_bench.{n}" for n in ("workloads", "rivals", "measure")}
+    names |= {"command": "bench_planners"}
+    try:
+        yield types.SimpleNamespace(**{n: importlib.import_module(m) for n, m in names.items()})
+    finally:
+        sys.path.remove(str(TOOLS))
+
+
+def test_wrapping_around_loses_nothing_and_fills_no_device_above_the_capacity(tools):
+    for loads in random_loads(70, 24, 4, most=3000, seed=1):
+        capacity = -(-int(loads.sum()) // 4)
+        plan = np.asarray(tools.rivals.wrap_around(jnp.asarray(loads), 4, capacity))
+        np.testing.assert_array_equal(plan.sum(1), loads)
+        assert plan.min() >= 0
+        assert plan.sum(0).max() <= capacity
+
+
+def test_wrapping_around_gives_the_largest_experts_first(tools):
+    plan = tools.rivals.wrap_around(jnp.int32([3, 8, 1, 0, 0, 0]), 2, 6)
+    np.testing.assert_array_equal(plan[:, 1], [0, 6, 0, 0, 0, 0])
+
+
+def test_replicas_by_hand(tools):
+    # 3 spare slots of 3 devices: 90 -> 45 -> 30 rows, then 40 -> 20. Placed 30 30 30 20 20 20 ...
+    replicas = tools.rivals.replicated(np.array([90, 40, 20, 6, 4, 1]), 3, 1)
+    np.testing.assert_array_equal(replicas.sum(1), [3, 2, 1, 1, 1, 1])
+    np.testing.assert_array_equal(replicas.sum(0), [3, 3, 3])
+    np.testing.assert_array_equal(replicas[0], [1, 1, 1])
+    full = tools.rivals.replicated(np.array([50, 3, 2, 1]), 2, 0)  # the light device has 2 slots
+    np.testing.assert_array_equal(full, [[1, 0], [0, 1], [0, 1], [1, 0]])
+    plan = tools.rivals.split_evenly(np.array([91, 40, 20, 6, 4, 1]), replicas)
+    np.testing.assert_array_equal(plan[0], [30, 30, 31])
+    np.testing.assert_array_equal(plan.sum(1), [91, 40, 20, 6, 4, 1])
+
+
+def test_the_papers_scenarios_have_the_papers_imbalance(tools):
+    """The ideal speed-up, largest over mean load, of gpt-oss-120b."""
+    found = {w.name: w for w in tools.workloads.paper_scenarios(1, 0) if w.group == "gpt-oss-120b"}
+    assert len(found) == 13
+    for name, want in {
+        "balanced": 1.0,
+        "30% into 16": 2.40,
+        "30% into 4": 2.94,
+        "50% into 4": 4.39,
+        "80% into 16": 6.40,
+        "95% into 16": 7.60,
+        "95% into 1": 7.65,
+    }.items():
+        load = found[name].loads[0, 0].reshape(8, -1).sum(1)
+        assert load.max() / load.mean() == pytest.approx(want, rel=0.01)
+
+
+def test_beliefs_know_only_what_was_before(tools):
+    loads = np.array([[[4, 0]], [[0, 8]], [[2, 2]]])
+    known = tools.measure._beliefs(loads, 0.75)
+    np.testing.assert_array_equal(known["EPLB old"][1:], loads[:-1])
+    np.testing.assert_array_equal(known["EPLB average"][1:], [[[4, 0]], [[3, 2]]])
+
+
+@pytest.mark.slow
+def test_the_command_compares_all_planners_on_a_trace(tools, tmp_path, capsys):
+    loads = random_loads(12, 16, 4, most=4000, seed=2).reshape(6, 2, 16) + 1
+    trace, report = tmp_path / "recorded.npz", tmp_path / "report.json"
+    np.savez(trace, loads=loads)
+    words = f"--trace {trace} --num-devices 4 --calls 2 --json {report}"
+    assert tools.command.main(words.split()) == 0
+    printed = capsys.readouterr().out
+    assert "trace, N=16, P=4" in printed
+    assert "microseconds per plan" in printed
+    found = {r["planner"]: r for r in json.loads(report.read_text())["results"]}
+    native = found["native"]
+    load = loads[1:].reshape(5, 2, 4, 4).sum(3)
+    assert native["before"] == native["after"]
+    assert native["after"] == pytest.approx((load.max(2) / load.mean(2)).mean())
+    assert (native["most_foreign"], native["copies"]) == (0, 0)
+    assert found["one owner"]["worst"] < 1.1 < found["native"]["worst"]
+    assert found["wrap"]["copies"] > 0
+    assert len(found) == 10
+    assert all(r["microseconds"] > 0 for r in found.values())
+
+
+@pytest.mark.parametrize(
+    "arrays, what",
+    [
+        ({"other": np.zeros(3)}, "has no array 'loads'; it has other"),
+        ({"loads": np.zeros((2, 3, 16))}, "must be integers .steps, layers, experts.; it is float"),
+        ({"loads": np.zeros((2, 1, 10), int)}, "10 experts, not a multiple of 8 devices"),
+    ],
+)  # fmt: skip
+def test_a_trace_that_does_not_fit_is_refused(tools, tmp_path, capsys, arrays, what):
+    trace = tmp_path / "bad.npz"
+    np.savez(trace, **arrays)
+    with pytest.raises(SystemExit):
+        tools.command.main(["--trace", str(trace)])
+    assert re.search(what, capsys.readouterr().err)

@@ -1,0 +1,89 @@
+"""Loads per expert that planners are compared on: the paper's scenarios, Zipf, recorded traces."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """What a router chose: `loads` `[steps, layers, E]`, rows per expert, on `num_devices`."""
+
+    group: str
+    name: str
+    loads: np.ndarray
+    num_devices: int
+
+
+# Experts, tokens per device, choices per token (arXiv 2601.17111, figure 4; 8 devices).
+MODELS = {
+    "gpt-oss-120b": (128, 32 * 1024, 4),
+    "DeepSeek-V3": (256, 16 * 1024, 8),
+    "Kimi-K2": (384, 16 * 1024, 8),
+}
+
+
+def paper_scenarios(steps: int, seed: int) -> list[Workload]:
+    """p% of the rows evenly on h consecutive experts from 0 on, the rest evenly on the others."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for model, (num_experts, tokens, choices) in MODELS.items():
+        rows = 8 * tokens * choices
+        scenarios = {"balanced": np.full(num_experts, 1 / num_experts)}
+        for percent in (30, 50, 80, 95):
+            for hot in (16, 4, 1):
+                share = np.full(num_experts, (1 - percent / 100) / (num_experts - hot))
+                share[:hot] = percent / 100 / hot
+                scenarios[f"{percent}% into {hot}"] = share
+        for name, share in scenarios.items():
+            loads = rng.multinomial(rows, share, size=(steps, 1))
+            found.append(Workload(model, name, loads, 8))
+    return found
+
+
+def zipf(steps: int, seed: int) -> list[Workload]:
+    """Popularity by Zipf's law, experts placed at random.
+
+    "drifting": the logarithm of every popularity takes a random step of standard deviation 0.5
+    before each step; "new": another random placement at each step.
+    """
+    rng = np.random.default_rng(seed)
+    found = []
+    for num_devices, num_experts in ((8, 128), (32, 256), (64, 256)):
+        for exponent in (0.5, 1.0, 1.5):
+            for how in ("still", "drifting", "new"):
+                share = rng.permutation(np.arange(1, num_experts + 1) ** -exponent)
+                loads = []
+                for _ in range(steps):
+                    loads.append(rng.multinomial(num_devices * 131_072, share / share.sum()))
+                    if how == "drifting":
+                        share = share * np.exp(0.5 * rng.standard_normal(num_experts))
+                    elif how == "new":
+                        share = rng.permutation(share)
+                group = f"Zipf, N={num_experts}, P={num_devices}"
+                stacked = np.asarray(loads)[:, None]
+                found.append(Workload(group, f"{exponent} {how}", stacked, num_devices))
+    return found
+
+
+def recorded(path: pathlib.Path, num_devices: int) -> Workload:
+    """A routing trace. Raises ValueError where the file or the number of devices does not fit."""
+    with np.load(path) as arrays:
+        if "loads" not in arrays:
+            raise ValueError(f"{path} has no array 'loads'; it has {', '.join(arrays.files)}")
+        loads = arrays["loads"]
+    if loads.ndim != 3 or not np.issubdtype(loads.dtype, np.integer) or 0 in loads.shape:
+        raise ValueError(
+            f"'loads' in {path} must be integers [steps, layers, experts]; it is "
+            f"{loads.dtype}{list(loads.shape)}"
+        )
+    if loads.shape[2] % num_devices:
+        raise ValueError(
+            f"{path} has {loads.shape[2]} experts, not a multiple of {num_devices} devices; "
+            "choose another --num-devices"
+        )
+    group = f"trace, N={loads.shape[2]}, P={num_devices}"
+    return Workload(group, path.stem, loads.astype(np.int64), num_devices)
