@@ -1,10 +1,11 @@
 """Planners of expert parallelism compared: balance, weights that move, time of a plan.
 
-    python tools/bench_planners.py [--paper] [--zipf] [--trace FILE.npz --num-devices 8]
+    python tools/bench_planners.py [--paper] [--zipf] [--trace RUN --num-devices 8]
 
 Without a choice of loads: the paper's scenarios (30, 50, 80 or 95% of the rows into 16, 4 or 1
 consecutive experts on 8 devices; arXiv 2601.17111, figure 4) and Zipf's law with random placement
-on 8, 32 and 64 devices. A trace is an .npz file with one array:
+on 8, 32 and 64 devices. A trace is the folder of a training run, whose log holds every layer's
+loads (train with log_every=1 to have those of every step), or an .npz file with one array:
 
     loads   integers [steps, layers, experts]: rows (token copies) that the router gave to each
             expert in each layer at each step, over all devices
@@ -44,7 +45,7 @@ def main(words: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--paper", action="store_true", help="the paper's scenarios")
     parser.add_argument("--zipf", action="store_true", help="Zipf's law")
-    parser.add_argument("--trace", type=pathlib.Path, action="append", default=[], metavar="FILE")
+    parser.add_argument("--trace", type=pathlib.Path, action="append", default=[], metavar="PATH")
     parser.add_argument("--num-devices", type=int, default=8, help="for traces (default 8)")
     parser.add_argument("--steps", type=int, default=6, help="of synthetic loads (default 6)")
     parser.add_argument(

@@ -27,9 +27,11 @@ def table() -> str:
     rows = ["| family | file | what it does |", "|---|---|---|"]
     for family, label in FAMILIES.items():
         for path in sorted((ROOT / "moejax" / family).glob("*.py")):
-            if path.name in ("__init__.py", "rule.py"):
-                continue
-            doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            classes = [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
+            if path.name == "rule.py" or all(name.startswith("_") for name in classes):
+                continue  # what methods share
+            doc = ast.get_docstring(tree) or ""
             first = doc.split("\n", 1)[0].rstrip(".:")
             rows.append(f"| {label} | `moejax/{family}/{path.name}` | {first} |")
     return "\n".join(rows) + "\n"

@@ -115,3 +115,15 @@ def test_a_trace_that_does_not_fit_is_refused(tools, tmp_path, capsys, arrays, w
     with pytest.raises(SystemExit):
         tools.command.main(["--trace", str(trace)])
     assert re.search(what, capsys.readouterr().err)
+
+
+def test_the_log_of_a_run_is_a_trace(tools, tmp_path):
+    run = {"tokens_per_step": 100, "k": 2, "moe_layers": [0, 1]}
+    share = [[0.5, 0.25, 0.25, 0.0], [0.1, 0.2, 0.3, 0.4]]
+    records = [
+        {"kind": "run", "step": 0, "time": 0.0, "values": run},
+        {"kind": "train", "step": 1, "time": 1.0, "values": {"router/load": share}},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    found = tools.workloads.recorded(tmp_path, 2)
+    np.testing.assert_array_equal(found.loads, [[[100, 50, 50, 0], [20, 40, 60, 80]]])

@@ -7,6 +7,9 @@ import pathlib
 
 import numpy as np
 
+from moejax.analysis.history import build_history
+from moejax.analysis.metrics_file import read_metrics
+
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
@@ -70,11 +73,8 @@ def zipf(steps: int, seed: int) -> list[Workload]:
 
 
 def recorded(path: pathlib.Path, num_devices: int) -> Workload:
-    """A routing trace. Raises ValueError where the file or the number of devices does not fit."""
-    with np.load(path) as arrays:
-        if "loads" not in arrays:
-            raise ValueError(f"{path} has no array 'loads'; it has {', '.join(arrays.files)}")
-        loads = arrays["loads"]
+    """A routing trace. Raises ValueError where it or the number of devices does not fit."""
+    loads = _of_run(path) if path.is_dir() else _of_file(path)
     if loads.ndim != 3 or not np.issubdtype(loads.dtype, np.integer) or 0 in loads.shape:
         raise ValueError(
             f"'loads' in {path} must be integers [steps, layers, experts]; it is "
@@ -87,3 +87,17 @@ def recorded(path: pathlib.Path, num_devices: int) -> Workload:
         )
     group = f"trace, N={loads.shape[2]}, P={num_devices}"
     return Workload(group, path.stem, loads.astype(np.int64), num_devices)
+
+
+def _of_file(path: pathlib.Path) -> np.ndarray:
+    with np.load(path) as arrays:
+        if "loads" not in arrays:
+            raise ValueError(f"{path} has no array 'loads'; it has {', '.join(arrays.files)}")
+        return arrays["loads"]
+
+
+def _of_run(path: pathlib.Path) -> np.ndarray:
+    """The logged shares of a run, of as many choices as its steps make."""
+    found = build_history(read_metrics(path / "metrics.jsonl"))
+    choices = found.run["tokens_per_step"] * found.run["k"]
+    return np.rint(found.load * choices).astype(np.int64)
