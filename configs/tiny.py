@@ -33,6 +33,7 @@ from moejax.objectives.lm import NextToken
 from moejax.optim.guard import Guard
 from moejax.optim.optimizer import AdamW
 from moejax.optim.schedule import WarmupCosine
+from moejax.parallel.mesh import Mesh
 from moejax.routers.topk import TopK
 from moejax.transport.local import Local
 
@@ -71,6 +72,7 @@ def config() -> Experiment:
         optimizer=AdamW(schedule=WarmupCosine(peak=3e-3, warmup_steps=60, final_fraction=0.0)),
         objective=NextToken(),
         guard=Guard(),
+        mesh=Mesh(),
         steps=640,
         batch_size=4,
         sequence_length=256,
@@ -97,6 +99,7 @@ def smoke() -> fdl.Config:
     small.data.train.pattern = "json/*.py"
     small.data.tokenizer = fdl.Config(ByteTokenizer)
     small.optimizer.schedule.warmup_steps = 1
+    small.mesh.data = 1
     small.steps = 3
     small.batch_size = 4
     small.sequence_length = 64

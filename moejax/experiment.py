@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,8 @@ from moejax.models.transformer import Transformer
 from moejax.objectives.lm import NextToken
 from moejax.optim.guard import Guard
 from moejax.optim.optimizer import AdamW
+from moejax.parallel.mesh import Mesh
+from moejax.parallel.sharding import parameter_shardings
 from moejax.types import Batch
 
 _ANY_VOCABULARY = 512  # only two shapes depend on the vocabulary, and no mistake does
@@ -30,6 +33,7 @@ class Experiment:
       optimizer: its schedule receives `steps`.
       objective: what is minimised.
       guard: refuses steps that are not finite or that spike.
+      mesh: how the devices share the work; changes no result.
       steps: optimiser steps of the whole run.
       batch_size: sequences per step, over all devices. sequence_length: tokens per sequence.
       num_microbatches: the batch is split into this many parts to save memory; no sum, count or
@@ -51,6 +55,7 @@ class Experiment:
     sequence_length: int
     workdir: str
     guard: Guard = dataclasses.field(default_factory=Guard)
+    mesh: Mesh = dataclasses.field(default_factory=Mesh)
     num_microbatches: int = 1
     seed: int = 0
     log_every: int = 10
@@ -86,14 +91,30 @@ class Experiment:
         are put together as in training and one microbatch goes through the objective, all of it
         with abstract arrays.
         """
+        self.mesh.check_batch(
+            jax.device_count(),
+            batch_size=self.batch_size // self.num_microbatches,
+            sequence_length=self.sequence_length,
+        )
         self.data.check(seq_len=self.sequence_length, batch_size=self.batch_size, seed=self.seed)
-        with dispatch.unannounced():
-            self._trace()
+        mesh = self.mesh.build()
+        with dispatch.unannounced(), jax.set_mesh(mesh):
+            self._trace(mesh)
 
-    def _trace(self) -> None:
+    def variable_shardings(self, model: Transformer, mesh: jax.sharding.Mesh) -> Any:
+        """Where the variables of `model.init` lie. Raises UserError where they cannot."""
+        return parameter_shardings(
+            mesh,
+            jax.eval_shape(model.init, jax.random.key(0)),
+            model.logical_axes(),
+            max_replicated=self.mesh.max_replicated_bytes,
+        )
+
+    def _trace(self, mesh: jax.sharding.Mesh) -> None:
         model = self.build_model(_ANY_VOCABULARY)
         key = jax.random.key(0)
         variables = jax.eval_shape(model.init, key)
+        self.variable_shardings(model, mesh)
         self.optimizer.build(variables["params"], self.steps)
         jax.eval_shape(
             lambda variables, batch, token_bytes: (

@@ -60,7 +60,7 @@ class Batch:
     positions: Int[AnyArray, "B S"]  # from 0 within each segment
 
 
-@_pytree(static=("num_experts", "decode", "cache_length", "window"))
+@_pytree(static=("num_experts", "record", "decode", "cache_length", "window"))
 class Context:
     """What a layer may know besides its input. Per-token fields are `[B, S]`.
 
@@ -77,9 +77,11 @@ class Context:
     layer_index: Int[Array, ""] | int = 0
     key: Any = None
     loads: Float[Array, "E"] | None = None  # global-batch share of choices per expert, sum 1
+    selection: Int[Array, "T K"] | None = None  # choices to replay instead of the router's own
     selection_bias: Float[Array, "E"] | None = None  # added to router scores, for selection only
     router_carry: Any = None  # per-token value from the previous MoE layer's router
     num_experts: int | None = None
+    record: bool = False  # statistics hold the choices of every token, to be replayed
     decode: bool = False  # keys and values live in the collection `cache`
     cache_length: int | None = None
     window: int | None = None  # sliding window of this layer, in positions

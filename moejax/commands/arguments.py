@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from moejax.train.restore import LoadedRun
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+def add_config_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Adds CONFIG, overrides and `--trust-config`; read them with `config_from`."""
     parser.add_argument(
         "config",
+        nargs=None if required else "?",
         metavar="CONFIG[:function]",
         help="a config file such as configs/tiny.py or configs/tiny.py:smoke, or a run's folder",
     )

@@ -14,13 +14,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    loaded = arguments.load_run(args)
+    from moejax.train import processes
+
+    with processes.joined():
+        step, values = _evaluate(args)
+        if processes.is_first():
+            print(f"step {step}")
+            for name, value in values.items():
+                print(f"  {name.removeprefix('eval/'):20} {value:.5f}")
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> tuple[int, dict[str, float]]:
+    import jax
 
     from moejax.train.evaluate import Evaluator
+    from moejax.train.loop import prepare_data
 
-    data = loaded.experiment.prepare_data()
-    evaluator = Evaluator(loaded.model, loaded.experiment.objective, data)
-    print(f"step {loaded.step}")
-    for name, value in evaluator.run(loaded.variables).items():
-        print(f"  {name.removeprefix('eval/'):20} {value:.5f}")
-    return 0
+    loaded = arguments.load_run(args)
+    data = prepare_data(loaded.experiment)
+    with jax.set_mesh(loaded.mesh):
+        evaluator = Evaluator(loaded.model, loaded.experiment.objective, data, loaded.mesh)
+        return loaded.step, evaluator.run(loaded.variables)

@@ -1,7 +1,7 @@
 """Train an experiment, or resume it from its own folder.
 
 SIGTERM and Ctrl-C write a checkpoint at the next step and exit with status 0; the same command, or
-`moejax train WORKDIR`, resumes exactly there.
+`moejax train WORKDIR`, resumes exactly there. Several processes: see launch/README.md.
 """
 
 from __future__ import annotations
@@ -9,8 +9,12 @@ from __future__ import annotations
 import argparse
 import logging
 import pathlib
+from typing import TYPE_CHECKING
 
-from moejax.commands import arguments
+from moejax.commands import agreement, arguments
+
+if TYPE_CHECKING:
+    import fiddle as fdl
 
 EXAMPLE = "moejax train configs/tiny.py steps=50 model.block.ffn.router.k=2 workdir=runs/a"
 
@@ -28,26 +32,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     config = arguments.config_from(args)
 
+    from moejax.train import processes
+
+    with processes.joined():
+        return _train(args, config)
+
+
+def _train(args: argparse.Namespace, config: fdl.Config) -> int:
     from moejax.analysis.report import write_report
     from moejax.config.build import build_config
     from moejax.config.load import load_config
     from moejax.config.run_directory import CONFIG_JSON, check_workdir, claim
+    from moejax.train import processes
     from moejax.train.loop import train
     from moejax.train.manifest import versions
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     logging.getLogger("moejax").setLevel(logging.INFO)  # tokenising, kernel choices
+    agreement.check_same_run(config, until=args.until)
     arguments.use_compilation_cache()
     experiment = build_config(config)
     workdir = pathlib.Path(experiment.workdir)
-    stored = None
-    if (workdir / CONFIG_JSON).exists():
-        stored = load_config(workdir, trusted=args.trust_config)
-    check_workdir(workdir, config, stored)
+
+    def check() -> None:
+        stored = None
+        if (workdir / CONFIG_JSON).exists():
+            stored = load_config(workdir, trusted=args.trust_config)
+        check_workdir(workdir, config, stored)
+
+    processes.by_first(check)
     experiment.check()
-    claim(workdir, config, versions())  # last: a refused experiment must not own the folder
+    # Last: a refused experiment must not own the folder.
+    processes.by_first(lambda: claim(workdir, config, versions()))
+    agreement.check_visible(workdir / CONFIG_JSON)
 
     finished = train(experiment, name=args.config, until=args.until)
+    if not processes.is_first():
+        return 0
     if finished.paused_by is not None:
         print(f"{finished.paused_by}: stopped at step {finished.step} with a checkpoint; resume:")
         print(f"  moejax train {workdir}")

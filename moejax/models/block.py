@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from moejax.layers.norm import RMSNorm
 from moejax.models.moe import MoE
+from moejax.parallel.sharding import constrain
 from moejax.types import Context, Stats, Terms
 
 
@@ -35,7 +36,7 @@ class Block(nn.Module):
         self, x: Float[Array, "B S D"], context: Context
     ) -> tuple[Float[Array, "B S D"], Terms, Stats, Any]:
         """Returns (x, terms, stats, router carry); the last three are empty for a dense layer."""
-        x = jnp.where(context.token_mask[..., None], x, 0)
+        x = constrain(jnp.where(context.token_mask[..., None], x, 0), "batch", "sequence", None)
         x = x + self.attention(self.norm.copy(name="attention_norm")(x), context)
         normed = self.norm.copy(name="ffn_norm")(x)
         if isinstance(self.ffn, MoE):

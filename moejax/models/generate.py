@@ -12,7 +12,9 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from moejax.errors import UserError
-from moejax.models.transformer import Transformer, Variables
+from moejax.models.output import Variables
+from moejax.models.transformer import Transformer
+from moejax.parallel.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,7 +111,8 @@ def _generate(model, sampling, variables, tokens, lengths, key):
         return (new, cache), new
 
     _, rest = jax.lax.scan(step, (first, cache), jnp.arange(sampling.max_new_tokens - 1))
-    return jnp.concatenate([first[:, None], rest.T], axis=1)
+    new = jnp.concatenate([first[:, None], rest.T], axis=1)
+    return constrain(new, "whole", "whole")  # every process reads all of it
 
 
 def _nucleus(logits: Float[Array, "B V"], top_p: float) -> Float[Array, "B V"]:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from moejax.balance.rule import Rule
 from moejax.errors import UserError
+from moejax.parallel.sharding import constrain
 from moejax.types import Context, Routing, Stats, Terms, add_terms
 
 
@@ -20,12 +21,13 @@ class MoE(nn.Module):
 
     Statistics, summed over the tokens of one pass: `load` `[E]` (choices per expert), `tokens`,
     `entropy` (of the router, nats), the transport's counts, and whatever the router put in
-    `Routing.extras` but `log_prob`, which is per token.
+    `Routing.extras` but `log_prob`, which is per token. With `context.record` also `selection`
+    `[T, K]`, the choices themselves, which add up to nothing.
 
     Attributes:
       num_experts: routed experts E.
       router: `(x [T, D], context) -> (Routing, carry)`.
-      experts: `(num_experts, d_model) -> (weights, compute)`.
+      experts: `(num_experts, d_model) -> (weights, their logical axes, compute)`.
       transport: how tokens and weights meet; never drops silently.
       balance: the balance rules. There is no default: a model states its balancing, and
         `Unbalanced()` states none.
@@ -54,12 +56,12 @@ class MoE(nn.Module):
         context = context.replace(
             num_experts=self.num_experts, selection_bias=sum(biases) if biases else None
         )
-        rows = x.reshape(-1, x.shape[-1])  # [T, D]
+        rows = constrain(x.reshape(-1, x.shape[-1]), "tokens", None)  # [T, D]
         routing, carry = self.router(rows, context)
         routing = without_padding(routing, context.token_mask.reshape(-1))
-        weights, compute = self.experts(self.num_experts, x.shape[-1])
-        y, counts = self.transport(rows, routing, weights, compute)
-        y = y.reshape(x.shape).astype(x.dtype)
+        weights, axes, compute = self.experts(self.num_experts, x.shape[-1])
+        y, counts = self.transport(rows, routing, weights, compute, axes=axes)
+        y = constrain(y.reshape(x.shape).astype(x.dtype), "batch", "sequence", None)
         if self.shared is not None:
             y = y + self.shared(x, context)
 
@@ -126,4 +128,6 @@ def _statistics(routing: Routing, context: Context, counts: Stats) -> Stats:
     extras = {k: jax.lax.stop_gradient(v) for k, v in routing.extras.items() if k != "log_prob"}
     if clash := own.keys() & extras.keys():
         raise ValueError(f"the router's extras use names of the layer: {', '.join(sorted(clash))}")
+    if context.record:
+        own["selection"] = routing.experts
     return own | extras

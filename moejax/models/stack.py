@@ -109,7 +109,7 @@ def apply(
     x: Array,
     context: Context,
     *,
-    loads: dict[str, Array] | None,
+    per_layer: dict[str, dict[str, Array]],
     remat: str,
     unroll: int,
 ) -> tuple[Array, Terms, Stats, dict[str, Any]]:
@@ -120,7 +120,8 @@ def apply(
       variables: from `init`; those of other names are ignored.
       x: embeddings `[B, S, D]`.
       context: of the whole model; each layer gets its own index, window, key, loads and carry.
-      loads: share of choices per expert `{segment name: [count, E]}`, or None.
+      per_layer: fields of the context that each layer has its own of,
+        `{field: {segment name: [count, ...]}}`.
       remat: a name in `REMAT_POLICIES`.
       unroll: units of layers per scan iteration.
     """
@@ -135,10 +136,13 @@ def apply(
             collection: {name: tree for name, tree in trees.items() if name in names}
             for collection, trees in variables.items()
         }
-        own_loads = {n: loads[n] for n in segment.names if n in loads} if loads else {}
+        fields = {
+            name: {field: values[name] for field, values in per_layer.items() if name in values}
+            for name in segment.names
+        }
         indices = jnp.asarray([segment.indices(j) for j in range(len(segment.layers))]).T
         carry, (new_terms, new_stats, new_cache) = jax.lax.scan(
-            step, carry, (scanned, own_loads, indices), unroll=min(unroll, segment.count)
+            step, carry, (scanned, fields, indices), unroll=min(unroll, segment.count)
         )
         terms = add_terms(terms, jax.tree.map(lambda t: t.sum(axis=0), new_terms))
         stats |= new_stats
@@ -161,7 +165,7 @@ def _segment_step(segment: Segment, context: Context, remat: str) -> Callable[..
 
     def step(carry: Any, inputs: Any) -> Any:
         x, router_carry = carry
-        scanned, loads, indices = inputs
+        scanned, fields, indices = inputs
         terms: Terms = {}
         stats: Stats = {}
         cache: dict[str, Any] = {}
@@ -171,8 +175,8 @@ def _segment_step(segment: Segment, context: Context, remat: str) -> Callable[..
                 layer_index=index,
                 window=layer.window,
                 key=None if context.key is None else jax.random.fold_in(context.key, index),
-                loads=loads.get(name),
                 router_carry=router_carry,
+                **fields[name],
             )
             variables = {c: trees[name] for c, trees in scanned.items() if name in trees}
             run_layer = _rematerialised(functools.partial(_run, layer.block), remat)

@@ -9,37 +9,18 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Int
+from jaxtyping import Array, ArrayLike, Int
 
 from moejax.errors import UserError
 from moejax.kernels import compat
 from moejax.models import stack
 from moejax.models.block import Block
 from moejax.models.moe import MoE
-from moejax.types import Context, Stats, Terms, at_least_f32
+from moejax.models.output import Output, Variables
+from moejax.parallel.sharding import constrain
+from moejax.types import Context, Stats, at_least_f32
 
-Variables = dict[str, Any]
 _DTYPES = ("float32", "bfloat16", "float64")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Output:
-    """What one forward pass gives.
-
-    `logits` are at least float32 `[B, S, V]`; `terms` are unweighted (sum, count) pairs over
-    tokens and MoE layers; `stats` holds `{segment: {statistic: [count, ...]}}`; `cache` is the
-    new decoding cache (empty unless decoding).
-    """
-
-    logits: Float[Array, "B S V"]
-    terms: Terms
-    stats: Stats
-    cache: Variables
-
-
-jax.tree_util.register_dataclass(
-    Output, data_fields=["logits", "terms", "stats", "cache"], meta_fields=[]
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -207,6 +188,8 @@ class Transformer:
         step: Array | int = 0,
         key: Array | None = None,
         loads: dict[str, Array] | None = None,
+        selection: dict[str, Array] | None = None,
+        record: bool = False,
         cache_length: int | None = None,
     ) -> Output:
         """One forward pass.
@@ -219,6 +202,8 @@ class Transformer:
           step: the optimiser step, for schedules inside layers.
           key: for layers that sample; None means nothing is random.
           loads: global-batch shares per expert `{segment: [count, E]}`, from a first pass.
+          selection: choices `{segment: [count, T, K]}` to replay instead of the routers' own.
+          record: puts the choices into `stats`, as `selection`.
           cache_length: slots of the decoding cache; given means decode with it.
         """
         self._check_length(tokens.shape[1])
@@ -227,12 +212,20 @@ class Transformer:
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         context = self._context(tokens, segment_ids, positions, key=key, step=step)
-        context = context.replace(decode=cache_length is not None, cache_length=cache_length)
+        decode = cache_length is not None
+        context = context.replace(decode=decode, cache_length=cache_length, record=record)
         params = variables["params"]
-        embedding = params["embed"]["embedding"].astype(self.dtype)
+        embedding = constrain(params["embed"]["embedding"].astype(self.dtype), "vocab", "whole")
         x = embedding.at[tokens].get(mode="fill", fill_value=jnp.nan) * self.embed_scale
+        per_layer = {"loads": loads or {}, "selection": selection or {}}
         x, terms, stats, cache = stack.apply(
-            self.segments, variables, x, context, loads=loads, remat=self.remat, unroll=self.unroll
+            self.segments,
+            variables,
+            x,
+            context,
+            per_layer=per_layer,
+            remat=self.remat,
+            unroll=self.unroll,
         )
         x = self.block.norm.apply({"params": params["final_norm"]}, x)
         return Output(logits=self._logits(params, x), terms=terms, stats=stats, cache=cache)
@@ -241,6 +234,7 @@ class Transformer:
         head = params["embed"]["embedding"].T if self.tied_head else params["head"]["kernel"]
         dtype = at_least_f32(x.dtype)
         logits = compat.matmul(x, head.astype(x.dtype), preferred_element_type=dtype)
+        logits = constrain(logits, "batch", "sequence", "vocab")
         if self.logit_soft_cap is not None:
             logits = self.logit_soft_cap * jnp.tanh(logits / self.logit_soft_cap)
         return logits

@@ -15,6 +15,7 @@ from flax.linen import initializers
 from jaxtyping import Array, Float
 
 from moejax.errors import UserError
+from moejax.routers.selection import select
 from moejax.types import Context, Routing, at_least_f32
 
 
@@ -67,7 +68,7 @@ class TopK(nn.Module):
             adjusted = adjusted + context.selection_bias
         if self.num_groups > 1:
             adjusted = self._limit_groups(adjusted)
-        _, experts = jax.lax.top_k(adjusted, self.k)
+        experts = select(adjusted, self.k, context)
         weights = jnp.take_along_axis(scores, experts, axis=-1)
         if self.normalise == "after":
             weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
@@ -75,7 +76,7 @@ class TopK(nn.Module):
         if self.score == "sigmoid":
             probs = scores / (scores.sum(-1, keepdims=True) + 1e-20)
         routing = Routing(
-            experts=experts.astype(jnp.int32),
+            experts=experts,
             weights=weights * self.scale,
             probs=probs,
             logits=logits,

@@ -94,8 +94,7 @@ class Checkpointer:
     def check_writable(self) -> None:
         """Makes the directory and a file in it, so that a run fails before its first step."""
         try:
-            if processes.is_first():
-                self.directory.make()
+            processes.by_first(self.directory.make)
         except OSError as error:
             raise UserError(
                 f"cannot write checkpoints to {self.directory.root}: {reason(error)}; choose "
@@ -114,7 +113,7 @@ class Checkpointer:
         leaves = {path: jnp.asarray(x) for path, x in named_leaves(state).items()}
         marks = fingerprints(leaves)
         described = {path: describe(x, marks[path]) for path, x in leaves.items()}
-        if self._written == (step, described) and step in self.steps():
+        if processes.all_agree(self._written == (step, described) and step in self.steps()):
             return
         manifest = Manifest(step=step, leaves=described, extra=extra, versions=versions())
         content = manifest.to_json()
@@ -245,7 +244,7 @@ class Checkpointer:
         candidates = processes.from_first(newest_first if step is None else [step])
         for candidate in candidates:
             try:
-                manifest = self.manifest(candidate)
+                manifest = self._agreed_manifest(candidate)
                 source = f"the checkpoint {self.directory.path(candidate)}"
                 check(manifest, wanted, source=source)
                 state = self._read_valid(manifest, wanted)
@@ -254,6 +253,15 @@ class Checkpointer:
             else:
                 return Restored(state, manifest.extra, candidate)
         raise UserError(self._nothing_usable(step, before))
+
+    def _agreed_manifest(self, step: int) -> Manifest:
+        try:
+            manifest, problem = self.manifest(step), None
+        except CorruptCheckpoint as error:
+            manifest, problem = None, error
+        if not processes.all_agree(manifest is not None):
+            raise problem or CorruptCheckpoint("another process cannot read its manifest")
+        return manifest
 
     def _note(self, step: int, error: CorruptCheckpoint) -> None:
         self.problems.append(f"step {step}: {error}")

@@ -11,27 +11,34 @@ from moejax.data.pipeline import Loaders
 from moejax.kernels import compat
 from moejax.models.transformer import Transformer
 from moejax.objectives.lm import NextToken
+from moejax.train import layout
 from moejax.train.metrics import means
 
 
 class Evaluator:
-    """Runs the held-out batches; the step is compiled once."""
+    """Runs the held-out batches on a mesh; the step is compiled once."""
 
-    def __init__(self, model: Transformer, objective: NextToken, data: Loaders):
+    def __init__(
+        self, model: Transformer, objective: NextToken, data: Loaders, mesh: jax.sharding.Mesh
+    ):
         token_bytes = jnp.asarray(data.tokenizer.token_bytes())
 
         def eval_step(variables: Any, batch: Any):
             result = objective(model, variables, batch, token_bytes=token_bytes)
             return result.terms, result.measures
 
-        self._step = jax.jit(eval_step, compiler_options=compat.compiler_options())
-        self._data = data
+        self._step = jax.jit(
+            eval_step,
+            out_shardings=layout.replicated(mesh),
+            compiler_options=compat.compiler_options(),
+        )
+        self._data, self._mesh = data, mesh
 
     def run(self, variables: Any) -> dict[str, float]:
         """{"eval/loss": nats per token, "eval/bits_per_byte": ..., other terms by name}."""
         total = None
         for batch in self._data.eval:
-            sums = self._step(variables, batch)
+            sums = self._step(variables, layout.global_batch(batch, self._mesh))
             total = sums if total is None else jax.tree.map(lambda a, b: a + b, total, sums)
         terms, measures = jax.device_get(total)
         values = means(terms, prefix="eval/") | means(measures, prefix="eval/")

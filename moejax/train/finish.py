@@ -10,6 +10,7 @@ from moejax.data.pipeline import Loaders
 from moejax.experiment import Experiment
 from moejax.models.generate import generate
 from moejax.models.transformer import Transformer
+from moejax.train import processes
 from moejax.train.evaluate import Evaluator
 from moejax.train.records import Records
 
@@ -25,10 +26,10 @@ def finish(
     """Evaluates, samples and writes the run's last record, which it returns."""
     results: dict[str, Any] = evaluator.run(variables)
     records.write("eval", experiment.steps, results)
-    baselines = data.compression_baselines()
-    results |= {f"{name.split()[0]}_bits_per_byte": value for name, value in baselines.items()}
-    if experiment.prompts:
+    if experiment.prompts:  # before the baselines, which the first process computes alone
         results["sample"] = "\n\n".join(_continuations(experiment, model, data, variables))
+    baselines = processes.by_first(data.compression_baselines) or {}
+    results |= {f"{name.split()[0]}_bits_per_byte": value for name, value in baselines.items()}
     records.write("event", experiment.steps, {"event": "finished"} | results)
     return results
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from moejax.analysis.health import RouterHealth
 from moejax.data.pipeline import Loaders
@@ -16,19 +15,20 @@ from moejax.errors import UserError
 from moejax.experiment import Experiment
 from moejax.models.flops import size
 from moejax.models.transformer import Transformer
-from moejax.train import finish
+from moejax.parallel.canary import check_exchange
+from moejax.train import finish, layout, processes
+from moejax.train.assemble import assemble
 from moejax.train.checkpoint import Checkpointer
 from moejax.train.evaluate import Evaluator
 from moejax.train.manifest import versions
 from moejax.train.metrics import Accumulator
 from moejax.train.peak import peak_flops
-from moejax.train.progress import Progress
+from moejax.train.progress import Progress, Silent
 from moejax.train.records import Records
-from moejax.train.restore import CHECKPOINTS, TOKENIZER, restore_or_init, with_sharding
+from moejax.train.restore import CHECKPOINTS, TOKENIZER, restore_or_init
 from moejax.train.retention import Keep
-from moejax.train.signals import StopSignal
-from moejax.train.state import TrainState, init_state
-from moejax.train.step import jit_step, make_train_step
+from moejax.train.signals import AgreedStop, StopSignal
+from moejax.train.state import TrainState
 from moejax.train.writers import JsonLines, TensorBoard
 
 _log = logging.getLogger(__name__)
@@ -50,38 +50,64 @@ def train(experiment: Experiment, *, name: str, until: int | None = None) -> Fin
     for everything the user can put right; what was saved before stays. `experiment.check()`
     finds most of it without the data: call it first.
     """
+    mesh = experiment.mesh.build()
+    _check_exchange(experiment, mesh)
+    with jax.set_mesh(mesh):
+        return _train(experiment, mesh, name=name, until=until)
+
+
+def _check_exchange(experiment: Experiment, mesh: jax.sharding.Mesh) -> None:
+    """Raises UserError where rows would not arrive, before this mesh is trusted with tokens."""
+    transport = experiment.model.moe and experiment.model.moe.transport
+    if hasattr(transport, "exchange") and mesh.shape["expert"] > 1:
+        check_exchange(mesh, backend=transport.exchange)
+
+
+def _train(experiment: Experiment, mesh: Any, *, name: str, until: int | None) -> Finished:
     workdir = Path(experiment.workdir)
-    data = experiment.prepare_data()
+    data = prepare_data(experiment)
     model = experiment.build_model(data.tokenizer.vocab_size)
     optimizer = _optimizer(experiment, model)
-    step_function = make_train_step(
-        model,
-        experiment.objective,
-        optimizer,
-        experiment.guard,
-        num_microbatches=experiment.num_microbatches,
-        token_bytes=jnp.asarray(data.tokenizer.token_bytes()),
-    )
-    train_step = jit_step(step_function)
-    evaluator = Evaluator(model, experiment.objective, data)
-    fresh = lambda: init_state(model, optimizer, experiment.guard, experiment.seed)
+    token_bytes = data.tokenizer.token_bytes()
+    assembled = assemble(experiment, model, optimizer, mesh, token_bytes=token_bytes)
+    evaluator = Evaluator(model, experiment.objective, data, mesh)
     keep = Keep(last=experiment.keep_last, every=experiment.keep_every or None)
 
     with StopSignal() as stop, Checkpointer(str(workdir / CHECKPOINTS), keep) as checkpointer:
         checkpointer.check_writable()
-        data.tokenizer.save(workdir / TOKENIZER)
-        state, start = restore_or_init(checkpointer, fresh, data.fingerprint)
-        with Records(
-            JsonLines(workdir / "metrics.jsonl", resume_step=start),
-            TensorBoard(workdir / "tensorboard", resume_step=start),
-        ) as records:
-            run = _Run(experiment, model, data, checkpointer, records, stop, name=name, start=start)
-            state = run.steps(train_step, state, evaluator, until=until)
+        processes.by_first(lambda: data.tokenizer.save(workdir / TOKENIZER))
+        state, start = restore_or_init(checkpointer, assembled, data.fingerprint)
+        agreed = AgreedStop(stop, mesh)
+        with _records(workdir, start) as records:
+            run = _Run(
+                experiment, model, data, mesh, checkpointer, records, agreed, name=name, start=start
+            )
+            state = run.steps(assembled.train_step, state, evaluator, until=until)
             results = {}
             if run.paused_by is None:
                 variables = _variables(state)
                 results = finish.finish(experiment, model, data, variables, evaluator, records)
     return Finished(step=int(state.step), paused_by=run.paused_by, results=results)
+
+
+def prepare_data(experiment: Experiment) -> Loaders:
+    """The experiment's data, the same in every process: the first fills the cache for the others.
+
+    Raises UserError where the processes found different data.
+    """
+    data = processes.first_then_others(experiment.prepare_data)
+    processes.check_same("the data", f"fingerprint = {data.fingerprint}")
+    return data
+
+
+def _records(workdir: Path, start: int) -> Records:
+    """The first process writes, the others nothing."""
+    if not processes.is_first():
+        return Records()
+    return Records(
+        JsonLines(workdir / "metrics.jsonl", resume_step=start),
+        TensorBoard(workdir / "tensorboard", resume_step=start),
+    )
 
 
 def _optimizer(experiment: Experiment, model: Transformer):
@@ -101,14 +127,15 @@ class _Run:
         experiment: Experiment,
         model: Transformer,
         data: Loaders,
+        mesh: jax.sharding.Mesh,
         checkpointer: Checkpointer,
         records: Records,
-        stop: StopSignal,
+        stop: AgreedStop,
         *,
         name: str,
         start: int,
     ):
-        self._experiment, self._data, self._stop = experiment, data, stop
+        self._experiment, self._data, self._mesh, self._stop = experiment, data, mesh, stop
         self._checkpointer, self._records = checkpointer, records
         self._learning_rate = experiment.optimizer.schedule.build(experiment.steps)
         self._start, self._saved, self._rolled_back_to = start, start, None
@@ -136,12 +163,12 @@ class _Run:
         """Runs every step that is left, or until a signal or `until` pauses the run."""
         experiment = self._experiment
         with (
-            Progress(experiment.steps, initial=self._start) as progress,
+            _progress(experiment.steps, self._start) as progress,
             self._data.train.iterate(self._start) as batches,
         ):
             pending = None
             for step in range(self._start, experiment.steps):
-                state, metrics = train_step(state, next(batches))
+                state, metrics = train_step(state, layout.global_batch(next(batches), self._mesh))
                 if pending is not None:
                     state = self._read(pending, state, step, progress)
                 pending, done = metrics, step + 1
@@ -152,8 +179,9 @@ class _Run:
                     self._records.write("eval", done, evaluator.run(_variables(state)))
                 if _due(done, experiment.checkpoint_every):
                     self._save(done, state)
-                if self._stop.received or done == until:
-                    self.paused_by = self._stop.received or f"--until {until}"
+                received = self._stop.poll()
+                if received or done == until:
+                    self.paused_by = received or f"--until {until}"
                     break
             if pending is not None:
                 state = self._read(pending, state, done, progress)
@@ -161,7 +189,9 @@ class _Run:
             self._checkpointer.wait()
         return state
 
-    def _read(self, metrics: Any, state: TrainState, done: int, progress: Progress) -> TrainState:
+    def _read(
+        self, metrics: Any, state: TrainState, done: int, progress: Progress | Silent
+    ) -> TrainState:
         """Handles the metrics of the step that ended at `done`; may roll the state back."""
         metrics = jax.device_get(metrics)
         if not metrics["accepted"]:
@@ -191,7 +221,9 @@ class _Run:
         if not any(step < first for step in self._checkpointer.steps()):
             raise UserError(f"{refused}, and no checkpoint is from before them: {advice}")
         try:
-            restored = self._checkpointer.restore(with_sharding(state), before=first)
+            shardings = jax.tree.map(lambda x: x.sharding, state)
+            wanted = layout.with_sharding(state, shardings)
+            restored = self._checkpointer.restore(wanted, before=first)
         except UserError as error:
             raise UserError(f"{refused}, and {error}") from error
         if restored.step == self._rolled_back_to:
@@ -226,6 +258,10 @@ def describe(model: Transformer, tokens_per_step: int, sequence_length: int) -> 
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
         "peak_flops": peak_flops(),
     }
+
+
+def _progress(steps: int, start: int) -> Progress | Silent:
+    return Progress(steps, initial=start) if processes.is_first() else Silent()
 
 
 def _due(step: int, every: int) -> bool:

@@ -86,5 +86,21 @@ class Progress:
         self._last_line, self._waiting = time.monotonic(), None
 
 
+class Silent:
+    """What the processes of a run show that are not the first: nothing."""
+
+    def update(self, step: int, *, loss: Float[ArrayLike, ""], tokens_per_second: float) -> None:
+        pass
+
+    def message(self, text: str) -> None:
+        pass
+
+    def __enter__(self) -> Silent:
+        return self
+
+    def __exit__(self, *unused) -> None:
+        pass
+
+
 def _figures(loss: Float[ArrayLike, ""], tokens_per_second: float) -> str:
     return f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
-from typing import Any
 
 import jax
 
 from moejax.data.tokenizer import Tokenizer, load
 from moejax.errors import UserError
 from moejax.experiment import Experiment
-from moejax.models.transformer import Transformer, Variables
+from moejax.models.output import Variables
+from moejax.models.transformer import Transformer
 from moejax.optim.paths import named_leaves
+from moejax.parallel.mesh import Mesh
+from moejax.train import processes
+from moejax.train.assemble import Assembled
 from moejax.train.checkpoint import Checkpointer
+from moejax.train.layout import with_sharding
 from moejax.train.state import TrainState
 
 CHECKPOINTS = "checkpoints"
@@ -22,15 +25,17 @@ TOKENIZER = "tokenizer"
 
 
 def restore_or_init(
-    checkpointer: Checkpointer, fresh: Callable[[], TrainState], data_fingerprint: str
+    checkpointer: Checkpointer, assembled: Assembled, data_fingerprint: str
 ) -> tuple[TrainState, int]:
     """(state, the step it starts from): the newest valid checkpoint, else a fresh state.
 
-    Raises UserError where the data are not those that the checkpoint was trained on.
+    Either is laid out as `assembled` says, however it was when it was saved. Raises UserError where
+    the data are not those that the checkpoint was trained on.
     """
-    if not checkpointer.steps():
-        return jax.jit(fresh)(), 0
-    restored = checkpointer.restore(with_sharding(jax.eval_shape(fresh)))
+    if not processes.from_first(checkpointer.steps()):
+        return assembled.initial_state(), 0
+    shapes = jax.eval_shape(assembled.fresh)
+    restored = checkpointer.restore(with_sharding(shapes, assembled.shardings))
     saved = restored.extra.get("data_fingerprint")
     if saved != data_fingerprint:
         raise UserError(
@@ -40,19 +45,14 @@ def restore_or_init(
     return restored.state, restored.step
 
 
-def with_sharding(tree: Any) -> Any:
-    """Abstract leaves with the sharding to restore to."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), tree)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadedRun:
-    """A trained model ready to use."""
+    """A trained model ready to use; `mesh` is where its variables lie."""
 
     experiment: Experiment
     model: Transformer
     variables: Variables
+    mesh: jax.sharding.Mesh
     tokenizer: Tokenizer
     step: int
 
@@ -60,12 +60,17 @@ class LoadedRun:
 def load_variables(
     experiment: Experiment, workdir: str | pathlib.Path, *, step: int | None = None
 ) -> LoadedRun:
-    """Parameters and router state of a run's checkpoint; the optimiser's moments are not read."""
+    """Parameters and router state of a run's checkpoint; the optimiser's moments are not read.
+
+    They lie on one device, or in a run of several processes on the experiment's mesh.
+    """
     workdir = pathlib.Path(workdir)
     tokenizer = load(workdir / TOKENIZER)
     model = experiment.build_model(tokenizer.vocab_size)
     shapes = {"router_state": {}} | jax.eval_shape(model.init, jax.random.key(0))
-    wanted = named_leaves(with_sharding(shapes))
+    mesh = (Mesh(data=1) if processes.num_processes() == 1 else experiment.mesh).build()
+    shardings = {"router_state": {}} | experiment.variable_shardings(model, mesh)
+    wanted = named_leaves(with_sharding(shapes, shardings))
     with Checkpointer(str(workdir / CHECKPOINTS)) as checkpointer:
         restored = checkpointer.restore_leaves(wanted, step)
     leaves = [restored.state[path] for path in wanted]
@@ -73,6 +78,7 @@ def load_variables(
         experiment=experiment,
         model=model,
         variables=jax.tree.unflatten(jax.tree.structure(shapes), leaves),
+        mesh=mesh,
         tokenizer=tokenizer,
         step=restored.step,
     )

@@ -125,9 +125,17 @@ def make_train_step(
     return train_step
 
 
-def jit_step(step: Step) -> Step:
-    """The step compiled, its state donated: the old state's buffers hold the new one."""
-    return jax.jit(step, donate_argnums=0, compiler_options=compat.compiler_options())
+def jit_step(step: Step, *, shardings: tuple[Any, Any] | None = None) -> Step:
+    """The step compiled, its state donated: the old state's buffers hold the new one.
+
+    `shardings` say where (state, metrics) lie; left to the compiler otherwise.
+    """
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=shardings,
+        compiler_options=compat.compiler_options(),
+    )
 
 
 def _split(x: Array, *, num_microbatches: int) -> Array:

@@ -14,7 +14,7 @@ from moejax.attention.full import (
 from moejax.errors import UserError
 from moejax.layers.norm import RMSNorm
 from moejax.layers.rope import Rope
-from tests.contract import make_context, quick_jit, random_variables
+from moejax.verification.contracts.cases import make_context, quick_jit, random_variables
 
 BATCH, LENGTH, HEADS, KV_HEADS, HEAD_DIM = 2, 7, 4, 2, 3
 

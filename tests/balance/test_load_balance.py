@@ -12,7 +12,7 @@ from moejax.balance.load_balance import (
 )
 from moejax.errors import UserError
 from moejax.types import Routing, mean
-from tests.contract import make_context, quick_jit
+from moejax.verification.contracts.cases import make_context, quick_jit
 
 NUM_EXPERTS = 8
 

@@ -6,7 +6,7 @@ import pytest
 
 from moejax.balance.z_loss import RouterZLoss
 from moejax.types import Routing, mean
-from tests.contract import make_context
+from moejax.verification.contracts.cases import make_context
 
 
 def test_mean_square_of_the_log_partition_over_real_tokens():

@@ -65,12 +65,14 @@ def test_train_then_evaluate_sample_and_report(finished, capsys):
     assert (workdir / "elsewhere" / "index.html").exists()
 
 
+@pytest.mark.slow
 def test_a_workdir_with_another_experiment_is_refused(finished, capsys):
     workdir, _ = finished
     text = error_of(capsys, "train", TINY, f"workdir={workdir}", "model.block.ffn.router.k=1")
     assert "holds another experiment (model.block.ffn.router.k: 2 -> 1)" in text
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_is_noticed_and_the_checkpoint_before_is_used(tmp_path, cache, capsys):
     workdir = tmp_path / "run"
     words = ["train", TINY, f"workdir={workdir}", "checkpoint_every=1", "keep_last=3"]

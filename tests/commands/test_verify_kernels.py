@@ -50,6 +50,7 @@ def test_accept_makes_it_the_default(capsys, monkeypatch):
     assert "stored in" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_wrong_kernel_is_named_and_never_chosen(capsys, monkeypatch):
     right = tile_scan.grad_rhs
     wrong = lambda *a, **k: right(*a, **k).at[-1, 0].add(1)

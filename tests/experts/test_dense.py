@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moejax.experts.dense import DenseGLU
-from tests.contract import make_context, quick_jit, random_variables
+from moejax.verification.contracts.cases import make_context, quick_jit, random_variables
 
 
 @pytest.mark.parametrize("gated", [False, True])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moejax.experts.glu import GLU
-from tests.contract import quick_jit, random_variables
+from moejax.verification.contracts.cases import quick_jit, random_variables
 
 
 @pytest.mark.parametrize("use_bias", [False, True])
@@ -19,7 +19,7 @@ def test_equals_numpy(use_bias):
     gate = rng.random((7, 2)).astype(np.float32)
 
     def run(variables, rows, ids, gate):
-        weights, compute = form.apply(variables, 3, 4)
+        weights, _, compute = form.apply(variables, 3, 4)
         return compute(rows, ids, gate, weights)
 
     y = quick_jit(run)(variables, rows, ids, gate)
@@ -37,8 +37,8 @@ def test_equals_numpy(use_bias):
 
 def test_every_expert_is_initialised_like_a_dense_layer():
     params = quick_jit(lambda key: GLU(d_ff=64).init(key, 8, 32))(jax.random.key(0))["params"]
-    assert params["gate"].names == ("expert", "embed", "mlp")
-    assert params["down"].names == ("expert", "mlp", "embed")
+    assert params["gate"].names == ("expert", "expert_embed", "expert_mlp")
+    assert params["down"].names == ("expert", "expert_mlp", "expert_embed")
     values = nn.meta.unbox(params)
     assert np.std(values["gate"]) == pytest.approx(32**-0.5, rel=0.03)
     assert np.std(values["down"]) == pytest.approx(64**-0.5, rel=0.03)

@@ -89,6 +89,7 @@ def test_distributions_give_every_row_to_a_group(tools):
         assert np.sort(sizes["four"])[-4:].sum() > 0.75 * model.rows
 
 
+@pytest.mark.slow
 def test_the_command_measures_and_says_what_it_could_not(tools, tmp_path, capsys):
     report, picture = tmp_path / "report.json", tmp_path / "a.png"
     words = "--models olmoe --scale 128 --rounds 2 --products gate_up,permute --distributions zipf"
@@ -109,6 +110,7 @@ def test_the_command_measures_and_says_what_it_could_not(tools, tmp_path, capsys
     assert picture.stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_out_of_time_is_reported(tools, tmp_path):
     report = tmp_path / "report.json"
     words = f"--models olmoe --scale 128 --products gate_up --seconds 0 --json {report}"

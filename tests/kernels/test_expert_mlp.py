@@ -170,6 +170,7 @@ def test_float64_stays_float64(implementation):
             np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("implementation", PORTABLE)
 def test_saves_x_preactivations_scores_and_indices_exactly(implementation, dtype):
@@ -190,6 +191,7 @@ def test_saves_x_preactivations_scores_and_indices_exactly(implementation, dtype
     assert (rows, D) not in [leaf.shape for leaf in saved]  # no gathered copy, no y
 
 
+@pytest.mark.slow
 def test_temporaries_stay_within_the_saved_activations_and_two_row_buffers():
     """At a larger size: y and dx by row, the saved rows, the weight gradients, and tiles."""
     t, d, f, e, k = 2048, 128, 128, 8, 4
@@ -211,6 +213,7 @@ def test_temporaries_stay_within_the_saved_activations_and_two_row_buffers():
     assert compiled.memory_analysis().temp_size_in_bytes < bound
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", PORTABLE)
 def test_inside_scan_over_layers_with_remat(implementation):
     x, gate, up, down, weights, _ = parameters(num_tokens=SMALL)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moejax.layers.linear import Linear
-from tests.contract import make_context, quick_jit
+from moejax.verification.contracts.cases import make_context, quick_jit
 
 CONTEXT = make_context([[True]])
 

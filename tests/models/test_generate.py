@@ -7,7 +7,7 @@ import pytest
 
 from moejax.errors import UserError
 from moejax.models.generate import Sampling, _nucleus, generate
-from tests.contract import quick_jit
+from moejax.verification.contracts.cases import quick_jit
 from tests.models.tiny_model import VOCAB, dense, moe, random_model_variables, tiny, tokens
 
 PROMPTS = [np.array([3, 1, 4, 1]), np.array([5])]
@@ -20,6 +20,7 @@ def quick():
     return model, random_model_variables(model)
 
 
+@pytest.mark.slow
 def test_greedy_is_the_argmax_of_the_full_pass():
     model = tiny(num_layers=1, windows=(3,), ffn=moe(shared=None))
     variables = random_model_variables(model)

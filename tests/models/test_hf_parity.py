@@ -19,7 +19,7 @@ from moejax.models.moe import MoE
 from moejax.models.transformer import Transformer
 from moejax.routers.topk import TopK
 from moejax.transport.local import Local
-from tests.contract import quick_jit
+from moejax.verification.contracts.cases import quick_jit
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 GRID = 32  # the golden files store multiples of 1/32

@@ -11,7 +11,7 @@ import pytest
 from moejax.balance.load_balance import ShardLoadBalance
 from moejax.errors import UserError
 from moejax.experts.dense import DenseGLU
-from tests.contract import float_dtypes, quick_jit
+from moejax.verification.contracts.cases import float_dtypes, quick_jit
 from tests.models.tiny_model import as_float64, attention, dense, moe, tiny, tokens
 
 
@@ -59,7 +59,7 @@ def test_logical_axes_name_every_axis_of_every_leaf():
     assert params["head"]["kernel"] == ("embed", "vocab")
     layer = params["layers_1"]
     assert layer["attention"]["output"]["kernel"] == ("layers", "heads", "embed")
-    assert layer["ffn"]["experts"]["gate"] == ("layers", "expert", "embed", "mlp")
+    assert layer["ffn"]["experts"]["gate"] == ("layers", "expert", "expert_embed", "expert_mlp")
 
 
 @pytest.mark.parametrize(
@@ -144,6 +144,7 @@ def test_prototypes_are_copied_not_shared():
     assert isinstance(linear, nn.Module)
 
 
+@pytest.mark.slow
 def test_boundaries_change_how_layers_are_stacked_and_nothing_else():
     model = dense(num_layers=3)
     split = dataclasses.replace(model, boundaries=(1,))

@@ -22,7 +22,8 @@ from moejax.models.block import Block
 from moejax.models.moe import without_padding
 from moejax.routers.topk import TopK
 from moejax.types import Routing
-from tests.contract import make_context, methods, quick_jit, random_variables
+from moejax.verification.contracts.cases import make_context, quick_jit, random_variables
+from tests.contract import methods
 from tests.models.tiny_model import attention, moe
 
 MASK = np.array([[True] * 5, [True] * 3 + [False] * 2])

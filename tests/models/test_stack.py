@@ -10,7 +10,7 @@ import pytest
 
 from moejax.models import stack
 from moejax.types import mean
-from tests.contract import make_context, quick_jit
+from moejax.verification.contracts.cases import make_context, quick_jit
 
 NUM_LAYERS, D_MODEL = 6, 4
 X = np.random.default_rng(0).standard_normal((1, 3, D_MODEL)).astype(np.float32)
@@ -84,7 +84,13 @@ def run(layout, variables, *, unroll=1, remat="none"):
         for member, name in enumerate(segment.names)
     }
     return stack.apply(
-        layout, variables, jnp.asarray(X), context, loads=loads, remat=remat, unroll=unroll
+        layout,
+        variables,
+        jnp.asarray(X),
+        context,
+        per_layer={"loads": loads},
+        remat=remat,
+        unroll=unroll,
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from moejax.experts.dense import DenseGLU
 from moejax.routers.topk import TopK
-from tests.contract import quick_jit
+from moejax.verification.contracts.cases import quick_jit
 from tests.models.tiny_model import (
     VOCAB,
     dense,
@@ -96,6 +96,7 @@ def test_an_id_outside_the_vocabulary_gives_nan_not_another_token(windowed, pack
     assert np.isfinite(logits[1:]).all()
 
 
+@pytest.mark.slow
 def test_decoding_ragged_prompts_equals_the_full_pass(windowed):
     """Prompts of 3 and 5 tokens prefilled together, then two tokens each, one at a time."""
     model, variables, run = windowed

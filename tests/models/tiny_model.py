@@ -19,7 +19,7 @@ from moejax.models.moe import MoE
 from moejax.models.transformer import Transformer
 from moejax.routers.topk import TopK
 from moejax.transport.local import Local
-from tests.contract import random_tree
+from moejax.verification.contracts.cases import random_tree
 
 VOCAB = 24
 

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.models.transformer import Output, Transformer
+from moejax.models.output import Output
+from moejax.models.transformer import Transformer
 from moejax.objectives.lm import NextToken
 from moejax.types import Batch, mean
-from tests.contract import quick_jit
+from moejax.verification.contracts.cases import quick_jit
 
 MASK = np.array([[True, True, False], [True, False, False]])
 TARGETS = np.array([[2, 0, 9], [1, 1, 1]])

@@ -9,7 +9,7 @@ import pytest
 
 from moejax.errors import UserError
 from moejax.routers.topk import TopK
-from tests.contract import make_context, quick_jit
+from moejax.verification.contracts.cases import make_context, quick_jit
 
 GOLDEN = np.load(pathlib.Path(__file__).parent.parent / "golden" / "routers.npz")
 GRID = 4096  # the golden file stores multiples of 1/4096

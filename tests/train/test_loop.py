@@ -13,10 +13,13 @@ from moejax.config.load import load_config
 from moejax.config.overrides import apply_overrides
 from moejax.errors import UserError
 from moejax.objectives.lm import NextToken
+from moejax.parallel.exchange import BACKENDS
 from moejax.train.checkpoint import Checkpointer
+from moejax.train.layout import one_device
 from moejax.train.loop import train
-from moejax.train.restore import CHECKPOINTS, load_variables, with_sharding
+from moejax.train.restore import CHECKPOINTS, load_variables
 from moejax.train.state import init_state
+from moejax.transport.least_loaded import LeastLoaded
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +47,7 @@ def final_state(experiment, step):
     optimizer = experiment.optimizer.build(shapes, experiment.steps)
     fresh = jax.eval_shape(lambda: init_state(model, optimizer, experiment.guard, 0))
     with Checkpointer(f"{experiment.workdir}/{CHECKPOINTS}") as checkpointer:
-        state = checkpointer.restore(with_sharding(fresh), step).state
+        state = checkpointer.restore(one_device(fresh), step).state
     return jax.tree_util.tree_leaves_with_path(state)
 
 
@@ -84,6 +87,7 @@ def test_a_finished_run_evaluates_again_and_trains_nothing(smoke):
     assert again.results["eval/loss"] == first.results["eval/loss"]
 
 
+@pytest.mark.slow
 def test_results_hold_the_figures_beside_those_of_compressors(smoke):
     results = train(smoke(), name="run").results
     assert 0 < results["eval/bits_per_byte"] < 9  # a uniform byte model has 8.01
@@ -107,6 +111,7 @@ class NotFiniteAt(NextToken):
         return dataclasses.replace(result, terms=terms)
 
 
+@pytest.mark.slow
 def test_a_refused_step_changes_nothing_but_the_position(smoke):
     experiment = smoke("nan", "steps=3", "log_every=1")
     experiment = dataclasses.replace(experiment, objective=NotFiniteAt(first=1, last=1))
@@ -117,6 +122,7 @@ def test_a_refused_step_changes_nothing_but_the_position(smoke):
     assert isinstance(values[2]["loss"], float)
 
 
+@pytest.mark.slow
 def test_too_many_refusals_roll_back_and_data_go_on(smoke):
     experiment = smoke(
         "rollback",
@@ -147,6 +153,7 @@ def _damage_before_restoring(monkeypatch, *steps):
     monkeypatch.setattr(Checkpointer, "restore", damaged)
 
 
+@pytest.mark.slow
 def test_a_roll_back_passes_over_a_corrupt_checkpoint_and_names_it(smoke, monkeypatch):
     experiment = _refused_at_5_and_6(smoke, "damaged")
     _damage_before_restoring(monkeypatch, 4)
@@ -160,6 +167,7 @@ def test_a_roll_back_passes_over_a_corrupt_checkpoint_and_names_it(smoke, monkey
     )
 
 
+@pytest.mark.slow
 def test_a_roll_back_without_a_sound_checkpoint_is_an_error(smoke, monkeypatch):
     experiment = _refused_at_5_and_6(smoke, "all-damaged")
     _damage_before_restoring(monkeypatch, 2, 4)
@@ -167,6 +175,7 @@ def test_a_roll_back_without_a_sound_checkpoint_is_an_error(smoke, monkeypatch):
         train(experiment, name="all-damaged")
 
 
+@pytest.mark.slow
 def test_refusals_without_end_are_an_error_that_names_the_way_out(smoke):
     experiment = smoke("hopeless", "steps=9", "guard.max_consecutive_skips=1")
     experiment = dataclasses.replace(experiment, objective=NotFiniteAt(first=0, last=99))
@@ -180,6 +189,7 @@ def test_other_data_than_the_checkpoints_are_refused(smoke):
         train(smoke("data", "seed=5"), name="run")
 
 
+@pytest.mark.slow
 def test_a_collapsing_router_warns_within_100_steps(smoke):
     experiment = smoke(
         "collapse",
@@ -208,3 +218,19 @@ def test_variables_come_back_without_the_optimizer(smoke):
     leaves = {jax.tree_util.keystr(p): x for p, x in final_state(experiment, experiment.steps)}
     for path, value in jax.tree_util.tree_leaves_with_path(loaded.variables["params"]):
         np.testing.assert_array_equal(value, leaves[".params" + jax.tree_util.keystr(path)])
+
+
+@pytest.mark.slow
+def test_a_mesh_that_loses_rows_is_refused_before_the_first_step(smoke, monkeypatch):
+    """The canary runs only where rows are exchanged."""
+    lossy = lambda rows, traffic, *, axis, num_rows: [
+        jnp.zeros_like(r, shape=(num_rows, *r.shape[1:])) for r in rows
+    ]
+    monkeypatch.setitem(BACKENDS, "two_hop", lossy)
+    experiment = smoke("lossy", "mesh.expert=2")
+    exchanging = experiment.model.block.ffn.clone(transport=LeastLoaded())
+    block = experiment.model.block.clone(ffn=exchanging)
+    model = dataclasses.replace(experiment.model, block=block)
+    with pytest.raises(UserError, match="two_hop.*transport.exchange='gather'"):
+        train(dataclasses.replace(experiment, model=model), name="lossy")
+    train(experiment, name="local", until=1)  # nothing is exchanged

@@ -16,7 +16,7 @@ from moejax.balance.z_loss import RouterZLoss
 from moejax.objectives.lm import NextToken
 from moejax.train.state import init_state
 from moejax.train.step import _first_pass, jit_step
-from tests.contract import quick_jit, to_dtype
+from moejax.verification.contracts.cases import quick_jit, to_dtype
 from tests.models.tiny_model import (
     VOCAB,
     as_float64,
@@ -67,6 +67,7 @@ def assert_close(a, b, tolerance=1e-12):
     jax.tree.map(close, a, b)
 
 
+@pytest.mark.slow
 def test_accumulation_and_remat_change_nothing(exact):
     """Every sum, count, statistic, the loss, the gradient (by an SGD step) and router state."""
     (state, metrics), (other_state, other) = exact["whole"], exact["two"]

@@ -7,11 +7,13 @@ A *slot* is one (token, choice) pair; slot i belongs to token i // K. Sorting th
 from __future__ import annotations
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from moejax.types import at_least_f32
 
@@ -83,6 +85,40 @@ def sort_slots(experts: Int[Array, "T K"], num_experts: int) -> Slots:
         row=row.reshape(experts.shape),
         group_sizes=jnp.diff(bounds).astype(jnp.int32),
     )
+
+
+@jax.custom_vjp
+def rows_of_tokens(x: Float[Array, "T D"], slots: Slots) -> Float[Array, "R D"]:
+    """Each row's token. Rows of empty slots hold some token too; their cotangent is ignored."""
+    return _take(x, slots.token())
+
+
+rows_of_tokens.defvjp(
+    lambda x, slots: (rows_of_tokens(x, slots), slots),
+    lambda slots, drows: (slots.sum_by_token(drows, drows.dtype), None),
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def tokens_of_rows(rows: Float[Array, "R D"], slots: Slots, dtype: Any) -> Float[Array, "T D"]:
+    """The sum of each token's rows, added in at least float32; rows of empty slots count nothing.
+
+    The transpose of `rows_of_tokens`, and like it made of gathers alone.
+    """
+    return slots.sum_by_token(rows, dtype)
+
+
+def _sum_rows(rows, slots, dtype):
+    return tokens_of_rows(rows, slots, dtype), (slots, jnp.zeros((), rows.dtype))
+
+
+def _spread_to_rows(dtype, saved, dy):
+    slots, like = saved
+    used = jnp.arange(slots.order.size, dtype=jnp.int32) < jnp.sum(slots.group_sizes)
+    return jnp.where(used[:, None], _take(dy, slots.token()), 0).astype(like.dtype), None
+
+
+tokens_of_rows.defvjp(_sum_rows, _spread_to_rows)
 
 
 def _take(values: Array, index: Array) -> Array:

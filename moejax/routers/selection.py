@@ -1,0 +1,18 @@
+"""The selection stage: the k best by adjusted score, or choices that are replayed."""
+
+from __future__ import annotations
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from moejax.types import Context
+
+
+def select(adjusted: Float[Array, "T E"], k: int, context: Context) -> Int[Array, "T K"]:
+    """The `k` experts of highest score for each token, ties to the lower id.
+
+    Where `context.selection` is given, those instead: what another run of the same tokens chose.
+    """
+    if context.selection is not None:
+        return context.selection
+    return jax.lax.top_k(adjusted, k)[1].astype("int32")

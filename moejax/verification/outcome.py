@@ -1,0 +1,115 @@
+"""One training step of a variant, and everything about it that must not depend on the variant."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from moejax.experiment import Experiment
+from moejax.models.output import Output
+from moejax.models.transformer import Transformer
+from moejax.optim.paths import named_leaves
+from moejax.parallel.mesh import Mesh
+from moejax.train import layout
+from moejax.train.assemble import assemble
+from moejax.types import Batch
+
+Outcome = dict[str, np.ndarray]  # by name, in the order in which differences are to be reported
+
+LEARNING_RATE = 0.1
+SAME_STATISTICS = ("load", "tokens", "entropy")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Replaying(Transformer):
+    """A model that records its choices, or replays those of another run."""
+
+    selection: Any = None  # {segment: [count, T, K]}
+
+    def apply(self, *args: Any, **options: Any) -> Output:
+        return super().apply(*args, **options, selection=self.selection, record=True)
+
+
+def outcome(
+    experiment: Experiment, model: Transformer, batch: Batch, *, replay: Any = None
+) -> tuple[Outcome, Any]:
+    """(what one step of SGD gives, the choices of every token by segment).
+
+    The step is the one that training takes, on the experiment's mesh and from its seed. Under the
+    names of the outcome are: the initial parameters, loss, terms, counts, every gradient, the
+    global gradient norm, the updated parameters and the router's state.
+    """
+    recording = Replaying(**_fields(model), selection=replay)
+    mesh = experiment.mesh.build(_devices(experiment.mesh))
+    with jax.set_mesh(mesh):
+        assembled = assemble(
+            experiment,
+            recording,
+            _recording_sgd(LEARNING_RATE),
+            mesh,
+            token_bytes=jnp.ones((model.vocab_size,), jnp.int32),
+        )
+        state = assembled.initial_state()
+        initial = _on_host(state.params)  # before the step takes its buffers
+        state, metrics = assembled.train_step(state, layout.global_batch(batch, mesh))
+        state, metrics = _on_host(state), jax.device_get(metrics)
+    selection = {
+        name: stats.pop("selection")
+        for name, stats in metrics["stats"].items()
+        if "selection" in stats
+    }
+    found = {
+        **_named("initial", initial),
+        "loss": metrics["loss"],
+        **_named("term", metrics["terms"]),
+        **_named("statistics", _comparable(metrics["stats"])),
+        **_named("gradient", state.opt_state),
+        "global_norm of all gradients": metrics["grad_norm"],
+        **_named("updated", state.params),
+        **_named("router_state", state.router_state),
+    }
+    return {name: np.asarray(value) for name, value in found.items()}, selection
+
+
+def _devices(mesh: Mesh) -> list[jax.Device]:
+    """All, or for a mesh of one device the process's own: then every process computes the same."""
+    alone = math.prod(mesh.sizes(jax.device_count()).values()) == 1
+    return jax.local_devices()[:1] if alone else jax.devices()
+
+
+def _fields(model: Transformer) -> dict[str, Any]:
+    return {f.name: getattr(model, f.name) for f in dataclasses.fields(Transformer)}
+
+
+def _recording_sgd(learning_rate: float) -> optax.GradientTransformation:
+    """Plain SGD whose state is the gradient that it was given."""
+    return optax.GradientTransformation(
+        init=lambda params: jax.tree.map(jnp.zeros_like, params),
+        update=lambda grads, state, params=None: (
+            jax.tree.map(lambda g: -learning_rate * g, grads),
+            jax.tree.map(lambda g, old: g.astype(old.dtype), grads, state),
+        ),
+    )
+
+
+def _on_host(tree: Any) -> Any:
+    """The values of global arrays, in every process."""
+    mesh = jax.tree.leaves(tree)[0].sharding.mesh
+    whole = jax.jit(lambda t: t, out_shardings=layout.replicated(mesh))
+    return jax.device_get(whole(tree))
+
+
+def _comparable(stats: Any) -> Any:
+    """Statistics that no layout may change, and the choices dropped, of which there may be none."""
+    kept = (*SAME_STATISTICS, "dropped")
+    return {name: {k: own[k] for k in kept if k in own} for name, own in stats.items()}
+
+
+def _named(group: str, tree: Any) -> dict[str, Any]:
+    return {f"{group} {path}": leaf for path, leaf in named_leaves(tree).items()}
