@@ -12,20 +12,37 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "launch" / "local.sh")
 
 
+def _heed_signals():
+    """Where the tests run in the background, SIGINT is ignored, and a shell cannot undo that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def launch(tmp_path):
-    """Starts the script with a shell command per process; its logs are below `tmp_path`."""
+    """Starts the script with a shell command per process; its logs are below `tmp_path`.
+
+    What a failed test leaves running is killed.
+    """
+    started = []
 
     def start(num_processes, command):
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [SCRIPT, str(num_processes), "3", "bash", "-c", command],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             env=os.environ | {"TMPDIR": str(tmp_path)},
+            preexec_fn=_heed_signals,
         )
+        started.append(process)
+        return process
 
-    return start
+    yield start
+    for process in started:
+        for _ in range(2):  # the first asks, the second kills
+            if process.poll() is None:
+                process.terminate()
+                time.sleep(0.5)
 
 
 def ended(process, seconds=30):

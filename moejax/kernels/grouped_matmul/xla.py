@@ -4,7 +4,8 @@ XLA leaves rows past the last group undefined on some platforms and has no group
 rolled to the front, and rows that belong to no group are selected to zero before and after.
 
 Where XLA expands the product (CPU, and GPU by default) a NaN in any group's weight reaches every
-row; a NaN in an unused row reaches nothing on any platform.
+row; a NaN in an unused row reaches nothing on any platform. XLA for TPU expands it too, without a
+word, where the number of rows is not a multiple of 8, so rows are filled up there.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array, lax
 
+from moejax.kernels import compat
 from moejax.kernels.grouped_matmul import ragged_dims
 from moejax.kernels.grouped_matmul.groups import LocalGroups
 from moejax.kernels.grouped_matmul.held_rows import to_front, to_place
@@ -25,8 +27,8 @@ def obstacle(dtype) -> str | None:
 def forward(lhs: Array, rhs: Array, groups: LocalGroups, *, transpose_rhs: bool, dtype) -> Array:
     """out[r] = lhs[r] @ rhs[group of r] (its transpose if `transpose_rhs`); `[R, N]`."""
     dims = ragged_dims.of_rows(transpose_rhs=transpose_rhs)
-    out = _ragged_dot(to_front(lhs, groups), rhs, groups, dims).astype(dtype)
-    return to_place(out, groups)
+    out = _ragged_dot(_whole_tiles(to_front(lhs, groups)), rhs, groups, dims).astype(dtype)
+    return to_place(out[: lhs.shape[0]], groups)
 
 
 def grad_lhs(dout: Array, rhs: Array, groups: LocalGroups, *, transpose_rhs: bool, dtype) -> Array:
@@ -37,9 +39,16 @@ def grad_lhs(dout: Array, rhs: Array, groups: LocalGroups, *, transpose_rhs: boo
 def grad_rhs(lhs: Array, dout: Array, groups: LocalGroups, *, transpose_rhs: bool, dtype) -> Array:
     """drhs[g] = lhs[rows of g].T @ dout[rows of g]; `[G, K, N]` (`[G, N, K]` if transposed)."""
     a, b = (dout, lhs) if transpose_rhs else (lhs, dout)
-    drhs = _ragged_dot(to_front(a, groups), to_front(b, groups), groups, ragged_dims.OVER_ROWS)
+    a, b = (_whole_tiles(to_front(rows, groups)) for rows in (a, b))
+    drhs = _ragged_dot(a, b, groups, ragged_dims.OVER_ROWS)
     empty = (groups.sizes == 0)[:, None, None]
     return jnp.where(empty, 0, drhs).astype(dtype)
+
+
+def _whole_tiles(rows: Array) -> Array:
+    """On TPU with rows of nobody behind, up to a multiple of 8."""
+    fill = -rows.shape[0] % 8 if compat.target_platform() == "tpu" else 0
+    return jnp.pad(rows, ((0, fill), (0, 0))) if fill else rows
 
 
 def _ragged_dot(a: Array, b: Array, groups: LocalGroups, dims) -> Array:
