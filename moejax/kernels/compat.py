@@ -165,5 +165,16 @@ def target_device_kind() -> str:
     return kind
 
 
+# Kinds of TPU for which the compiler (libtpu 0.0.42 to 0.0.52, read from what it compiles) turns
+# `lax.ragged_dot` into a grouped kernel. For v5e, v6e and 7x it multiplies every row by every
+# group's matrix and selects afterwards; for others nobody has looked.
+_RAGGED_DOT_KERNELS = ("TPU v5", "TPU v5p")
+
+
+def has_ragged_dot() -> bool:
+    """Whether XLA's ragged dot is a grouped kernel here, and not the dense expansion."""
+    return target_platform() == "tpu" and target_device_kind() in _RAGGED_DOT_KERNELS
+
+
 def _abstract_device() -> Any:
     return getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)

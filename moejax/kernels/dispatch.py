@@ -73,8 +73,8 @@ def unannounced() -> Iterator[None]:
 
 
 def _choose(kernel, available, products, dtype, obstacle, caller) -> tuple[str, ...]:
-    device_kind, platform = compat.target_device_kind(), compat.target_platform()
-    portable, reason = _portable(platform)
+    device_kind = compat.target_device_kind()
+    portable, reason = _portable()
     found = accepted.look_up(kernel, dtype, device_kind, products)
     names = []
     for product in products:
@@ -96,9 +96,9 @@ def _choose(kernel, available, products, dtype, obstacle, caller) -> tuple[str, 
     return chosen
 
 
-def _portable(platform: str) -> tuple[str, str]:
-    """What is right everywhere on `platform` and never dense, and why."""
-    if platform == "tpu":
+def _portable() -> tuple[str, str]:
+    """What is right here and never dense, and why."""
+    if compat.has_ragged_dot():
         return "xla", "XLA's ragged dot is a real grouped kernel there"
     return "tile_scan", "XLA's ragged dot computes every group for every row there"
 

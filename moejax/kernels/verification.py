@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from moejax.kernels import compat
 from moejax.kernels.activations import silu
 from moejax.kernels.expert_mlp import conformance as mlp_kit
 from moejax.kernels.grouped_matmul import conformance as kit
@@ -66,7 +65,7 @@ CPU = Timing(rows=2048, inner=256, outer=512, groups=16, rounds=5)
 def verify(name: str, dtype: str) -> Result:
     """Every check of the kits on one implementation; an exception in one is a failure."""
     result = Result(name, dtype, implementations.obstacle(name, dtype))
-    result.is_dense = implementations.is_dense(name, compat.target_platform())
+    result.is_dense = implementations.is_dense(name)
     if result.obstacle is None:
         for check in _checks(name, dtype):
             result.num_checks += 1

@@ -42,6 +42,9 @@ def device(monkeypatch, tmp_path):
         ("cpu", "cpu", "tile_scan", logging.INFO),
         ("gpu", "NVIDIA H100 80GB HBM3", "tile_scan", logging.WARNING),
         ("tpu", "TPU v5", "xla", logging.WARNING),
+        ("tpu", "TPU v5 lite", "tile_scan", logging.WARNING),
+        ("tpu", "TPU v6 lite", "tile_scan", logging.WARNING),
+        ("tpu", "TPU7x", "tile_scan", logging.WARNING),
     ],
 )
 def test_without_accepted_results_it_takes_what_is_never_dense(

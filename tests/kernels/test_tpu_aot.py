@@ -10,6 +10,7 @@ import pytest
 from jax.experimental import topologies
 from jax.experimental.layout import Format, Layout
 
+from moejax.kernels import compat
 from moejax.kernels.activations import GLU_ACTIVATIONS
 from moejax.kernels.grouped_matmul import grouped_matmul, tpu
 from moejax.kernels.grouped_matmul.groups import LocalGroups
@@ -171,3 +172,23 @@ def test_a_copy_would_be_noticed(mesh):
     compiled = lowered_for(mesh, product, (lhs, rhs, sizes), [(512, 256)]).compile()
     with pytest.raises(AssertionError, match="512, 1024"):
         assert_no_copies(compiled, [(512, 1024)])
+
+
+@pytest.mark.parametrize("rows", [4259, 4264])
+def test_xlas_ragged_dot_is_not_dense_for_any_number_of_rows(mesh, rows):
+    """Where it would be, dispatch must know: on most TPUs, and where 8 does not divide the rows."""
+    width, groups = 512, 16
+    shapes = (rows, width), (groups, width, width), (rows, width)
+    lhs, rhs, dout = (array(mesh, *shape) for shape in shapes)
+
+    def products(lhs, rhs, sizes, dout):
+        out, vjp = jax.vjp(lambda a, b: grouped_matmul(a, b, sizes, implementation="xla"), lhs, rhs)
+        return out, *vjp(dout)
+
+    sizes = array(mesh, groups, dtype=jnp.int32)
+    lowered = lowered_for(mesh, products, (lhs, rhs, sizes, dout), (shapes[2], *shapes[:2]))
+    useful = 3 * 2 * rows * width * width
+    with jax.set_mesh(mesh):
+        expected = 1 if compat.has_ragged_dot() else groups
+    flops = lowered.compile().cost_analysis()["flops"]
+    assert flops == pytest.approx(expected * useful, rel=0.05)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from moejax.kernels import dispatch
+from moejax.kernels import compat, dispatch
 from moejax.kernels.activations import GluActivation
 from moejax.kernels.grouped_matmul.groups import LocalGroups
 from moejax.types import at_least_f32
@@ -66,9 +66,9 @@ def obstacle(name: str, dtype: Any) -> str | None:
     return module(name).obstacle(dtype)
 
 
-def is_dense(name: str, platform: str) -> bool:
-    """Whether it computes every group for every row there: right, and never chosen."""
-    return name == "xla" and platform != "tpu"
+def is_dense(name: str) -> bool:
+    """Whether it computes every group for every row here: right, and never chosen."""
+    return name == "xla" and not compat.has_ragged_dot()
 
 
 def glu(

@@ -1,11 +1,12 @@
-"""Grouped matmul by XLA's ragged dot: a real kernel on TPU, a G-fold dense expansion on CPU.
+"""Grouped matmul by XLA's ragged dot: a real kernel on TPU v5p, elsewhere a dense expansion.
 
 XLA leaves rows past the last group undefined on some platforms and has no group offset, so rows are
 rolled to the front, and rows that belong to no group are selected to zero before and after.
 
-Where XLA expands the product (CPU, and GPU by default) a NaN in any group's weight reaches every
-row; a NaN in an unused row reaches nothing on any platform. XLA for TPU expands it too, without a
-word, where the number of rows is not a multiple of 8, so rows are filled up there.
+Where XLA expands the product (CPU, GPU by default, and all TPUs but v5p: `compat.has_ragged_dot`)
+it costs G times the work, and a NaN in any group's weight reaches every row; a NaN in an unused
+row reaches nothing on any platform. For v5p XLA expands it too, without a word, where the number of
+rows is not a multiple of 8, so rows are filled up there.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ def grad_rhs(lhs: Array, dout: Array, groups: LocalGroups, *, transpose_rhs: boo
 
 
 def _whole_tiles(rows: Array) -> Array:
-    """On TPU with rows of nobody behind, up to a multiple of 8."""
-    fill = -rows.shape[0] % 8 if compat.target_platform() == "tpu" else 0
+    """Where there is a kernel, with rows of nobody behind up to a multiple of 8."""
+    fill = -rows.shape[0] % 8 if compat.has_ragged_dot() else 0
     return jnp.pad(rows, ((0, fill), (0, 0))) if fill else rows
 
 
