@@ -22,10 +22,10 @@ train: $(VENV)/.installed
 	$(CPU_TUNING) $(BIN)/moejax train configs/tiny.py $(ARGS)
 
 test: lint
-	$(PYTEST) -m "not tpu and not gpu and not aot and not slurm and not mutation"
+	$(PYTEST) -m "not tpu and not gpu and not aot and not slurm and not long"
 
 test-fast: $(VENV)/.installed-dev
-	$(PYTEST) -m "not slow and not tpu and not gpu and not aot and not slurm and not mutation"
+	$(PYTEST) -m "not slow and not tpu and not gpu and not aot and not slurm and not long"
 
 test-full: lint
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,$(EXTRAS)]"

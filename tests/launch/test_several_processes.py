@@ -63,6 +63,7 @@ def losses(workdir):
     }
 
 
+@pytest.mark.long
 def test_two_processes_train_as_one_and_one_resumes_them(start, tmp_path):
     """20 steps in two processes, four more and the evaluation in one; against 24 in one."""
     overrides = (
@@ -124,6 +125,7 @@ def test_the_token_stream_is_the_same_bit_for_bit(start, tmp_path):
     assert streams[0] == streams[1]
 
 
+@pytest.mark.long
 def test_verify_passes_across_processes(start):
     """Every process computes the oracle by itself; the mesh spans both."""
     small = ("model.num_layers=1", "model.dtype=float64", "model.param_dtype=float64")

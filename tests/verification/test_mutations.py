@@ -15,11 +15,11 @@ from tests.verification.planting import (
     verify_command,
 )
 
-QUICKEST = ("padding-in-z-loss", "seed-depends-on-mesh")
+QUICKEST = ("padding-in-z-loss",)
 
 
 def _marked(mutation: Mutation):
-    mark = pytest.mark.slow if mutation.name in QUICKEST else pytest.mark.mutation
+    mark = pytest.mark.slow if mutation.name in QUICKEST else pytest.mark.long
     return pytest.param(mutation, id=mutation.name, marks=mark)
 
 
@@ -46,7 +46,7 @@ def _settings() -> dict[tuple, list[str]]:
     return found
 
 
-@pytest.mark.mutation
+@pytest.mark.long
 @pytest.mark.parametrize("config, overrides", list(_settings()))
 def test_verify_passes_without_a_mutation(config, overrides, tmp_path):
     copy_package(tmp_path)
