@@ -4,6 +4,7 @@ import os
 import pathlib
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -12,9 +13,12 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "launch" / "local.sh")
 
 
-def _heed_signals():
-    """Where the tests run in the background, SIGINT is ignored, and a shell cannot undo that."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+# Where the tests run in the background, SIGINT is ignored, and a shell cannot undo that.
+HEED_SIGNALS = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
 
 
 @pytest.fixture
@@ -27,12 +31,21 @@ def launch(tmp_path):
 
     def start(num_processes, command):
         process = subprocess.Popen(
-            [SCRIPT, str(num_processes), "3", "bash", "-c", command],
+            [
+                sys.executable,
+                "-c",
+                HEED_SIGNALS,
+                SCRIPT,
+                str(num_processes),
+                "3",
+                "bash",
+                "-c",
+                command,
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             env=os.environ | {"TMPDIR": str(tmp_path)},
-            preexec_fn=_heed_signals,
         )
         started.append(process)
         return process
