@@ -44,7 +44,8 @@ def on_token_shards(
     Args:
       body: what a device does. Gradients of weights that several devices hold are summed.
       weights: pytree of arrays with a leading expert axis.
-      axes: the same pytree with the logical axes of each array (a tuple of names) instead.
+      axes: the same pytree with the logical axes of each array (a tuple of names) instead; None
+        where only the leading axis, the experts, may be split.
       split: the mesh axes that keep splitting the weights; over all others they are gathered.
     """
     if not is_split():
@@ -53,6 +54,7 @@ def on_token_shards(
     num_experts = routing.probs.shape[-1]
     fill = -num_tokens % num_shards
     pad = lambda v, value: jnp.pad(v, ((0, fill), (0, 0)), constant_values=value)
+    axes = _expert_axes(weights) if axes is None else axes
     specs = jax.tree.map(functools.partial(_weight_spec, split=split), weights, axes)
     whole = functools.partial(_with_sums, body)
     rows = PartitionSpec(_TOKENS, None)
@@ -98,7 +100,7 @@ def _weight_spec(weight: Array, names: Names, *, split: tuple[str, ...]) -> Part
     return PartitionSpec(*(entry or None for entry in entries))
 
 
-def expert_axes(weights: Any) -> Any:
+def _expert_axes(weights: Any) -> Any:
     """Logical axes for weights of which only the leading axis, the experts, may be split."""
     return jax.tree.map(lambda w: ("expert",) + (None,) * (jnp.ndim(w) - 1), weights)
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from moejax.parallel.token_shards import expert_axes, num_owners, on_token_shards
+from moejax.parallel.token_shards import num_owners, on_token_shards
 from moejax.types import Routing, at_least_f32
 
 
@@ -33,7 +33,6 @@ class AllGather:
         axes: Any = None,
     ) -> tuple[Float[Array, "T D"], dict[str, Array]]:
         body = functools.partial(_per_device, compute, routing.probs.shape[-1])
-        axes = expert_axes(weights) if axes is None else axes
         return on_token_shards(body, x, routing, weights, axes, split=("expert", "tensor"))
 
 

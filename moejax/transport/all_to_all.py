@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from moejax.kernels.expert_mlp.slots import sort_slots
 from moejax.parallel.planned_rows import journey, local_experts, not_computed, there_and_back
-from moejax.parallel.token_shards import counts_of_all, expert_axes, num_owners, on_token_shards
+from moejax.parallel.token_shards import counts_of_all, num_owners, on_token_shards
 from moejax.types import Routing
 
 
@@ -41,7 +41,6 @@ class AllToAll:
         axes: Any = None,
     ) -> tuple[Float[Array, "T D"], dict[str, Array]]:
         body = functools.partial(self._per_device, compute, routing.probs.shape[-1])
-        axes = expert_axes(weights) if axes is None else axes
         return on_token_shards(body, x, routing, weights, axes, split=("expert", "tensor"))
 
     def _per_device(self, compute, num_experts, x, experts, gate, weights):

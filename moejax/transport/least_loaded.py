@@ -33,7 +33,6 @@ from moejax.parallel.rebalance import most_rows, rebalance, split_by_source
 from moejax.parallel.rounds import in_rounds
 from moejax.parallel.token_shards import (
     counts_of_all,
-    expert_axes,
     most_anywhere,
     num_owners,
     on_token_shards,
@@ -81,7 +80,6 @@ class LeastLoaded:
         axes: Any = None,
     ) -> tuple[Float[Array, "T D"], dict[str, Array]]:
         body = functools.partial(self._per_device, compute, routing.probs.shape[-1])
-        axes = expert_axes(weights) if axes is None else axes
         return on_token_shards(body, x, routing, weights, axes, split=("expert", "tensor"))
 
     def _per_device(self, compute, num_experts, x, experts, gate, weights):
@@ -157,9 +155,6 @@ def _part(num_rows: int) -> int:
 
 
 def _whole_tiles(num_rows: int) -> int:
-    """Rounded up, because XLA's ragged dot for TPUs is no kernel for rows that no tile divides.
-
-    It then multiplies every row by every group's matrix. (libtpu 0.0.52: of 8 it is one.)
-    """
+    """Rounded up, so that no kernel has to copy the rows to fill up its tiles."""
     tile = 128 if num_rows >= 1024 else 8
     return -(-num_rows // tile) * tile

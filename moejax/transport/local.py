@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moejax.parallel.token_shards import expert_axes, on_token_shards
+from moejax.parallel.token_shards import on_token_shards
 from moejax.types import Routing
 
 
@@ -33,5 +33,4 @@ class Local:
         def per_device(x, experts, gate, weights):
             return compute(x, experts, gate, weights), {"dropped": jnp.zeros((), jnp.int32)}
 
-        axes = expert_axes(weights) if axes is None else axes
         return on_token_shards(per_device, x, routing, weights, axes, split=("tensor",))

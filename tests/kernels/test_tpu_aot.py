@@ -75,18 +75,25 @@ def assert_no_copies(compiled, shapes):
     assert compiled.memory_analysis().temp_size_in_bytes < 2**25  # lists of visits, not operands
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_all_products_compile_without_copies(mesh, name):
-    rows, inner, outer, groups = SHAPES[name]
+def lowered_products(mesh, shape, implementation):
+    """The product and both its gradients, of `shape` (rows, inner, outer, groups)."""
+    rows, inner, outer, groups = shape
     shapes = (rows, inner), (groups, inner, outer), (rows, outer)
     lhs, rhs, dout = (array(mesh, *shape) for shape in shapes)
 
     def products(lhs, rhs, sizes, dout):
-        out, vjp = jax.vjp(lambda a, b: grouped_matmul(a, b, sizes, implementation="tpu"), lhs, rhs)
+        matmul = lambda a, b: grouped_matmul(a, b, sizes, implementation=implementation)
+        out, vjp = jax.vjp(matmul, lhs, rhs)
         return out, *vjp(dout)
 
     sizes = array(mesh, groups, dtype=jnp.int32)
-    lowered = lowered_for(mesh, products, (lhs, rhs, sizes, dout), (shapes[2], *shapes[:2]))
+    return lowered_for(mesh, products, (lhs, rhs, sizes, dout), (shapes[2], *shapes[:2])), shapes
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_all_products_compile_without_copies(mesh, name):
+    rows, inner, _, groups = SHAPES[name]
+    lowered, shapes = lowered_products(mesh, SHAPES[name], "tpu")
     text = lowered.as_text()
     assert text.count("tpu_custom_call") >= 3
     assert f"{groups}x{rows}x{inner}" not in text
@@ -178,15 +185,7 @@ def test_a_copy_would_be_noticed(mesh):
 def test_xlas_ragged_dot_is_not_dense_for_any_number_of_rows(mesh, rows):
     """Where it would be, dispatch must know: on most TPUs, and where 8 does not divide the rows."""
     width, groups = 512, 16
-    shapes = (rows, width), (groups, width, width), (rows, width)
-    lhs, rhs, dout = (array(mesh, *shape) for shape in shapes)
-
-    def products(lhs, rhs, sizes, dout):
-        out, vjp = jax.vjp(lambda a, b: grouped_matmul(a, b, sizes, implementation="xla"), lhs, rhs)
-        return out, *vjp(dout)
-
-    sizes = array(mesh, groups, dtype=jnp.int32)
-    lowered = lowered_for(mesh, products, (lhs, rhs, sizes, dout), (shapes[2], *shapes[:2]))
+    lowered, _ = lowered_products(mesh, (rows, width, width, groups), "xla")
     useful = 3 * 2 * rows * width * width
     with jax.set_mesh(mesh):
         expected = 1 if compat.has_ragged_dot() else groups
