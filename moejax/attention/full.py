@@ -13,13 +13,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen import initializers
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from moejax.errors import UserError
 from moejax.layers.linear import Linear
 from moejax.layers.norm import RMSNorm
 from moejax.layers.rope import Rope
-from moejax.types import Context, at_least_f32
+from moejax.layers.softmax_attention import softmax_attention
+from moejax.types import Context
 
 
 class FullAttention(nn.Module):
@@ -189,38 +190,6 @@ def heads_last(out: Float[Array, "B Hkv Q S N"]) -> Float[Array, "B S H N"]:
     """The inverse of `heads_first` for queries."""
     batch, _, _, length, head_dim = out.shape
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, -1, head_dim)
-
-
-def softmax_attention(
-    q: Float[Array, "B Hkv Q S N"],
-    k: Float[Array, "B Hkv M N"],
-    v: Float[Array, "B Hkv M N"],
-    allowed: Bool[Array, "B S M"],
-    sinks: Float[Array, "H"] | None = None,
-) -> Float[Array, "B Hkv Q S N"]:
-    """softmax(q k^T / sqrt(N)) v over the allowed keys; a query with none allowed gives 0.
-
-    Q = H / Hkv queries share a key. `sinks` are logits of one more key per head, of value 0.
-    """
-    batch, kv_heads, _, _, head_dim = q.shape
-    dtype = at_least_f32(q.dtype)
-    rows = q.reshape(batch, kv_heads, -1, head_dim) * (1.0 / math.sqrt(head_dim))
-    logits = jnp.einsum("bgrn,bgmn->bgrm", rows, k, preferred_element_type=dtype)
-    logits = logits.reshape(*q.shape[:-1], -1)  # [B, Hkv, Q, S, M]
-    logits = jnp.where(allowed[:, None, None], logits, -jnp.inf)
-    peak = logits.max(-1, keepdims=True)
-    if sinks is not None:
-        sinks = sinks.astype(dtype).reshape(kv_heads, -1, 1, 1)
-        peak = jnp.maximum(peak, sinks)
-    peak = jax.lax.stop_gradient(jnp.where(peak == -jnp.inf, 0, peak))
-    weights = jnp.exp(logits - peak)
-    total = weights.sum(-1, keepdims=True)
-    if sinks is not None:
-        total = total + jnp.exp(sinks - peak)
-    weights = weights.astype(v.dtype).reshape(batch, kv_heads, -1, v.shape[2])
-    out = jnp.einsum("bgrm,bgmn->bgrn", weights, v, preferred_element_type=dtype)
-    # Dividing [.., S, N] rather than [.., S, M] is the same and touches less.
-    return (out.reshape(q.shape) / jnp.where(total > 0, total, 1)).astype(v.dtype)
 
 
 def example() -> FullAttention:

@@ -233,7 +233,9 @@ class Transformer:
     def _logits(self, params: Variables, x: Array) -> Array:
         head = params["embed"]["embedding"].T if self.tied_head else params["head"]["kernel"]
         dtype = at_least_f32(x.dtype)
-        logits = compat.matmul(x, head.astype(x.dtype), preferred_element_type=dtype)
+        # Both gradients before anything else: the logits' is large and is not kept for later.
+        x, head = jax.lax.optimization_barrier((x, head.astype(x.dtype)))
+        logits = compat.matmul(x, head, preferred_element_type=dtype)
         logits = constrain(logits, "batch", "sequence", "vocab")
         if self.logit_soft_cap is not None:
             logits = self.logit_soft_cap * jnp.tanh(logits / self.logit_soft_cap)
