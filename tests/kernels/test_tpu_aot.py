@@ -1,5 +1,6 @@
 """The TPU kernels pass the real TPU compiler at the sizes of published models, without a TPU."""
 
+import base64
 import functools
 import importlib.util
 import re
@@ -191,3 +192,19 @@ def test_xlas_ragged_dot_is_not_dense_for_any_number_of_rows(mesh, rows):
         expected = 1 if compat.has_ragged_dot() else groups
     flops = lowered.compile().cost_analysis()["flops"]
     assert flops == pytest.approx(expected * useful, rel=0.05)
+
+
+def test_xlas_ragged_dot_sums_in_float32_whatever_it_returns(mesh):
+    """Read in the kernel that XLA makes: bfloat16 is what it rounds to, once and at the end."""
+    with jax.set_mesh(mesh):
+        if not compat.has_ragged_dot():
+            pytest.skip("XLA has no such kernel for this TPU")
+    lowered, _ = lowered_products(mesh, (1024, 16_384, 256, 2), "xla")  # more than one tile of K
+    bodies = re.findall(r'"body":"([^"]*)"', lowered.compile().as_text())
+    kernels = [base64.b64decode(body).decode(errors="replace") for body in bodies]
+    kernels = [kernel for kernel in kernels if "tpu.matmul" in kernel]
+    assert len(kernels) == 3
+    for kernel in kernels:
+        matmuls = [line for line in kernel.splitlines() if "tpu.matmul" in line]
+        assert all(line.rstrip().endswith("xf32>") for line in matmuls)
+        assert "arith.extf" not in kernel  # nothing that was rounded is added to

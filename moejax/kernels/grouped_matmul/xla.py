@@ -28,7 +28,7 @@ def obstacle(dtype) -> str | None:
 def forward(lhs: Array, rhs: Array, groups: LocalGroups, *, transpose_rhs: bool, dtype) -> Array:
     """out[r] = lhs[r] @ rhs[group of r] (its transpose if `transpose_rhs`); `[R, N]`."""
     dims = ragged_dims.of_rows(transpose_rhs=transpose_rhs)
-    out = _ragged_dot(_whole_tiles(to_front(lhs, groups)), rhs, groups, dims).astype(dtype)
+    out = _ragged_dot(_whole_tiles(to_front(lhs, groups)), rhs, groups, dims, dtype)
     return to_place(out[: lhs.shape[0]], groups)
 
 
@@ -41,9 +41,9 @@ def grad_rhs(lhs: Array, dout: Array, groups: LocalGroups, *, transpose_rhs: boo
     """drhs[g] = lhs[rows of g].T @ dout[rows of g]; `[G, K, N]` (`[G, N, K]` if transposed)."""
     a, b = (dout, lhs) if transpose_rhs else (lhs, dout)
     a, b = (_whole_tiles(to_front(rows, groups)) for rows in (a, b))
-    drhs = _ragged_dot(a, b, groups, ragged_dims.OVER_ROWS)
+    drhs = _ragged_dot(a, b, groups, ragged_dims.OVER_ROWS, dtype)
     empty = (groups.sizes == 0)[:, None, None]
-    return jnp.where(empty, 0, drhs).astype(dtype)
+    return jnp.where(empty, 0, drhs)
 
 
 def _whole_tiles(rows: Array) -> Array:
@@ -52,11 +52,9 @@ def _whole_tiles(rows: Array) -> Array:
     return jnp.pad(rows, ((0, fill), (0, 0))) if fill else rows
 
 
-def _ragged_dot(a: Array, b: Array, groups: LocalGroups, dims) -> Array:
-    return lax.ragged_dot_general(
-        a,
-        b,
-        groups.sizes,
-        dims,
-        preferred_element_type=at_least_f32(jnp.result_type(a, b)),
-    )
+def _ragged_dot(a: Array, b: Array, groups: LocalGroups, dims, dtype) -> Array:
+    """Summed in at least float32. The kernel does so whatever it returns; an expansion may not."""
+    wide = at_least_f32(jnp.result_type(a, b))
+    result = dtype if compat.has_ragged_dot() else wide
+    out = lax.ragged_dot_general(a, b, groups.sizes, dims, preferred_element_type=result)
+    return out.astype(dtype)
