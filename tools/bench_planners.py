@@ -1,6 +1,6 @@
 """Planners of expert parallelism compared: balance, weights that move, time of a plan.
 
-    python tools/bench_planners.py [--paper] [--zipf] [--trace RUN --num-devices 8]
+    python tools/bench_planners.py [--paper] [--zipf] [--trace RUN --num-devices 4 8 16 --phases 4]
 
 Without a choice of loads: the paper's scenarios (30, 50, 80 or 95% of the rows into 16, 4 or 1
 consecutive experts on 8 devices; arXiv 2601.17111, figure 4) and Zipf's law with random placement
@@ -46,7 +46,12 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--paper", action="store_true", help="the paper's scenarios")
     parser.add_argument("--zipf", action="store_true", help="Zipf's law")
     parser.add_argument("--trace", type=pathlib.Path, action="append", default=[], metavar="PATH")
-    parser.add_argument("--num-devices", type=int, default=8, help="for traces (default 8)")
+    parser.add_argument(
+        "--num-devices", type=int, nargs="+", default=[8], help="for traces (default 8)"
+    )
+    parser.add_argument(
+        "--phases", type=int, default=1, help="of a trace, reported one by one (default 1)"
+    )
     parser.add_argument("--steps", type=int, default=6, help="of synthetic loads (default 6)")
     parser.add_argument(
         "--min-chunk",
@@ -91,7 +96,9 @@ def _workloads(args: argparse.Namespace) -> list[workloads.Workload]:
         chosen += workloads.paper_scenarios(args.steps, args.seed)
     if args.zipf or everything:
         chosen += workloads.zipf(args.steps, args.seed)
-    return chosen + [workloads.recorded(path, args.num_devices) for path in args.trace]
+    for path, num_devices in itertools.product(args.trace, args.num_devices):
+        chosen += workloads.recorded(path, num_devices, args.phases)
+    return chosen
 
 
 def table(group: str, results: list[Result]) -> str:

@@ -20,9 +20,9 @@ import jax
 
 from moejax.errors import UserError
 
-# Kind of device -> what is taken there for every product. Figures: docs/benchmarks.md. The test
-# suite runs the conformance kit on CPU; no accelerator has been measured yet.
-SHIPPED = {"cpu": "tile_scan"}
+# Kernel -> kind of device -> what is taken there for every product. Figures: docs/benchmarks.md.
+# The test suite runs the conformance kits on CPU; no accelerator has been measured yet.
+SHIPPED = {"grouped_matmul": {"cpu": "tile_scan"}, "least_loaded": {"cpu": "jnp"}}
 
 
 class Accepted(NamedTuple):
@@ -59,24 +59,39 @@ def look_up(
             choices = record["choices"].get(kernel, {}).get(dtype)
             if choices is not None:
                 return Accepted(choices, f"accepted by moejax verify-kernels in {path()}")
-    if device_kind in SHIPPED:
-        choices = dict.fromkeys(products, SHIPPED[device_kind])
-        return Accepted(choices, "measured in docs/benchmarks.md")
+    if shipped := SHIPPED.get(kernel, {}).get(device_kind):
+        return Accepted(dict.fromkeys(products, shipped), "measured in docs/benchmarks.md")
     return None
 
 
 def is_stale(device_kind: str) -> bool:
     """Whether the user has accepted results for such a device under other conditions."""
-    return any(r["conditions"]["device_kind"] == device_kind for r in _records(path()))
+    return any(
+        record["conditions"]["device_kind"] == device_kind
+        and record["conditions"] != conditions(device_kind)
+        for record in _records(path())
+    )
 
 
-def store(device_kind: str, choices: Mapping[str, Any], figures: Any) -> pathlib.Path:
-    """Writes `{kernel: {dtype: {product: implementation}}}` for this kind of device; its path.
+def store(device_kind: str, choices: Mapping[str, Any], figures: Mapping[str, Any]) -> pathlib.Path:
+    """Writes results for this kind of device; returns the file's path.
 
-    Replaces what was stored for the same kind of device.
+    Replaces what was stored for the same kind of device, but for other kernels and dtypes under the
+    same conditions.
+
+    Args:
+      device_kind: as JAX names it.
+      choices: `{kernel: {dtype: {product: implementation}}}`.
+      figures: `{kernel: {dtype: anything}}`, for the reader.
     """
-    kept = [r for r in _records(path()) if r["conditions"]["device_kind"] != device_kind]
     record = {"conditions": conditions(device_kind), "choices": choices, "figures": figures}
+    kept = []
+    for old in _records(path()):
+        if old["conditions"] == record["conditions"]:
+            for part in ("choices", "figures"):
+                record[part] = _merged(old.get(part, {}), record[part])
+        elif old["conditions"]["device_kind"] != device_kind:
+            kept.append(old)
     target = path()
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_suffix(f".{os.getpid()}")
@@ -93,6 +108,11 @@ def sources_hash() -> str:
     for file in sorted(folder.rglob("*.py")):
         digest.update(str(file.relative_to(folder)).encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Both, by kernel and dtype; `new` where both have something."""
+    return {kernel: {**old.get(kernel, {}), **new.get(kernel, {})} for kernel in {**old, **new}}
 
 
 def _records(file: pathlib.Path) -> list[dict[str, Any]]:

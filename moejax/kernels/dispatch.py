@@ -11,6 +11,7 @@ import contextvars
 import functools
 import logging
 from collections.abc import Callable, Collection, Iterator
+from typing import NamedTuple
 
 from moejax.errors import UserError
 from moejax.kernels import accepted, compat
@@ -21,6 +22,13 @@ _unannounced = contextvars.ContextVar("unannounced", default=False)
 COMMAND = "moejax verify-kernels --accept"
 
 
+class Portable(NamedTuple):
+    """The implementation that serves every call and is taken where none was accepted; why it is."""
+
+    name: str
+    reason: str
+
+
 def choose(
     kernel: str,
     named: str | None,
@@ -29,6 +37,7 @@ def choose(
     products: tuple[str, ...],
     dtype: str,
     obstacle: Callable[[str], str | None],
+    portable: Portable,
     caller: str | None = None,
 ) -> tuple[str, ...]:
     """The implementation of each product: `named` for all, or the best that has passed its tests.
@@ -44,6 +53,7 @@ def choose(
       products: what the kernel computes, e.g. ("forward", "grad_lhs").
       dtype: of the operands.
       obstacle: says why an implementation cannot serve this call, or None.
+      portable: one of `available` that always can.
       caller: the public function's name, for messages; by default the kernel's.
 
     Raises:
@@ -51,7 +61,7 @@ def choose(
     """
     caller = caller or kernel
     if named is None:
-        return _choose(kernel, available, products, dtype, obstacle, caller)
+        return _choose(kernel, available, products, dtype, obstacle, portable, caller)
     if named not in available:
         raise UserError(
             f"{caller} has no implementation {named!r}; use one of "
@@ -72,35 +82,30 @@ def unannounced() -> Iterator[None]:
         _unannounced.reset(token)
 
 
-def _choose(kernel, available, products, dtype, obstacle, caller) -> tuple[str, ...]:
+def _choose(kernel, available, products, dtype, obstacle, portable, caller) -> tuple[str, ...]:
     device_kind = compat.target_device_kind()
-    portable, reason = _portable()
+    serves = lambda name: name in available and obstacle(name) is None
     found = accepted.look_up(kernel, dtype, device_kind, products)
     names = []
     for product in products:
-        name = found.choices.get(product, portable) if found else portable
+        name = found.choices.get(product, portable.name) if found else portable.name
         # What was accepted may be gone (an optional package) or not fit this call.
-        names.append(name if name in available and obstacle(name) is None else portable)
+        names.append(name if serves(name) else portable.name)
     chosen = tuple(names)
     if not _unannounced.get():
-        what = _describe(products, chosen)
+        what = f"{caller} ({dtype}): {_describe(products, chosen)} on {device_kind}"
         if found:
-            _announce(logging.INFO, f"{caller} ({dtype}): {what} on {device_kind}, {found.source}")
-        else:
+            _announce(logging.INFO, f"{what}, {found.source}")
+        elif any(serves(name) for name in available if name != portable.name):
             known = "other versions" if accepted.is_stale(device_kind) else "no version"
             _announce(
                 logging.WARNING,
-                f"{caller} ({dtype}): {what} on {device_kind}: {reason}. Faster kernels may exist, "
-                f"but {known} of them were accepted on such a device; run {COMMAND} there",
+                f"{what}: {portable.reason}. Faster kernels may exist, but {known} of them were "
+                f"accepted on such a device; run {COMMAND} there",
             )
+        else:
+            _announce(logging.INFO, f"{what}: no other serves there")
     return chosen
-
-
-def _portable() -> tuple[str, str]:
-    """What is right here and never dense, and why."""
-    if compat.has_ragged_dot():
-        return "xla", "XLA's ragged dot is a real grouped kernel there"
-    return "tile_scan", "XLA's ragged dot computes every group for every row there"
 
 
 def _describe(products: tuple[str, ...], chosen: tuple[str, ...]) -> str:

@@ -1,13 +1,18 @@
 """`moejax verify-kernels`: its table, its exit status, and what --accept changes."""
 
+import numpy as np
 import pytest
 
 from moejax.commands import main
-from moejax.kernels import accepted, verification
+from moejax.kernels import accepted, compat, least_loaded, verification
 from moejax.kernels.expert_mlp import conformance as mlp_kit
 from moejax.kernels.grouped_matmul import conformance as kit
 from moejax.kernels.grouped_matmul import implementations, tile_scan
+from moejax.kernels.least_loaded import conformance as plan_kit
+from moejax.kernels.verification import grouped_matmul
 
+LOADS = np.int32([90, 0, 80, 0])
+PLANS = ["verify-kernels", "--dtype", "int32"]
 ACCEPT_TILE_SCAN = [
     "verify-kernels",
     "--accept",
@@ -26,14 +31,34 @@ def short(monkeypatch, tmp_path):
     monkeypatch.setattr(kit, "OFFSET_CASES", kit.OFFSET_CASES[:1])
     monkeypatch.setattr(kit, "SHAPE_CASES", kit.SHAPE_CASES[-1:])
     monkeypatch.setattr(kit, "WIDE_CASES", kit.SHAPE_CASES[:1])
-    monkeypatch.setattr(verification, "ACTIVATIONS", ("silu",))
-    monkeypatch.setattr(verification, "CPU", verification.Timing(64, 16, 32, 4, 2))
+    monkeypatch.setattr(plan_kit, "CASES", plan_kit.CASES[5:6])
+    monkeypatch.setattr(grouped_matmul, "ACTIVATIONS", ("silu",))
+    monkeypatch.setattr(grouped_matmul, "CPU", grouped_matmul.Sizes(64, 16, 32, 4))
+    for kernel in verification.KERNELS:
+        monkeypatch.setattr(kernel, "ROUNDS", 2)
+
+
+@pytest.fixture
+def simulated_tpu(monkeypatch):
+    """A device on which `pallas` runs, simulated, and is the faster of the two."""
+    monkeypatch.setattr(compat, "target_platform", lambda: "tpu")
+    monkeypatch.setattr(compat, "target_device_kind", lambda: "TPU v5")
+    clock = lambda calls, rounds: {n: {"jnp": 2.0, "pallas": 1.0}[n] for n in calls}
+    monkeypatch.setattr(verification, "_medians", clock)
+    with compat.interpret_tpu():
+        yield
+
+
+def printed_lines(capsys):
+    out = capsys.readouterr().out
+    return out, {line.split()[0]: line for line in out.splitlines() if line.strip()}
 
 
 def test_prints_a_table_and_stores_nothing_unless_told(capsys):
     assert main(["verify-kernels", "--dtype", "float32"]) == 0
-    out = capsys.readouterr().out
-    lines = {line.split()[0]: line for line in out.splitlines() if line.strip()}
+    out, lines = printed_lines(capsys)
+    assert "grouped_matmul, float32: 64 rows" in out
+    assert "least_loaded" not in lines  # plans are of int32
     assert "passed" in lines["tile_scan"]
     assert "never chosen" in lines["xla"]
     assert "cannot serve: it runs on TPU, and this is cpu" in lines["tpu"]
@@ -48,6 +73,61 @@ def test_accept_makes_it_the_default(capsys, monkeypatch):
     found = accepted.look_up("grouped_matmul", "float32", "cpu", implementations.Choice._fields)
     assert set(found.choices.values()) == {"tile_scan"}
     assert "stored in" in capsys.readouterr().out
+
+
+def test_the_plan_is_checked_and_what_cannot_run_here_is_said(capsys):
+    assert main([*PLANS, "--accept"]) == 0
+    out, lines = printed_lines(capsys)
+    assert "least_loaded, int32: 256 experts on 64 devices" in out
+    checks, state, milliseconds = lines["jnp"].split()[1:]
+    assert (checks, state) == ("1", "passed")
+    assert 0 < float(milliseconds) < 1000
+    assert "cannot serve: it runs on TPU, and this is cpu" in lines["pallas"]
+    assert lines["fastest"].split()[1:] == ["jnp"]
+    found = accepted.look_up("least_loaded", "int32", "cpu", ("plan",))
+    assert found.choices == {"plan": "jnp"}
+    assert "accepted by moejax verify-kernels" in found.source
+
+
+@pytest.mark.usefixtures("simulated_tpu")
+def test_an_accepted_plan_kernel_is_the_default_there(capsys, monkeypatch):
+    pallas = least_loaded.module("pallas")
+    traced, right = [], pallas.plan
+    monkeypatch.setattr(pallas, "plan", lambda *a: traced.append(a) or right(*a))
+    plan = lambda: least_loaded.least_loaded_plan(LOADS, 2, capacity=99, min_chunk=1)
+    plan()
+    assert not traced
+    assert main([*PLANS, "--accept"]) == 0
+    _, lines = printed_lines(capsys)
+    assert lines["pallas"].split() == ["pallas", "1", "passed", "2000.000"]
+    assert lines["fastest"].split()[1:] == ["pallas"]
+    traced.clear()
+    plan()
+    assert len(traced) == 1
+    monkeypatch.setattr(accepted, "sources_hash", lambda: "changed")
+    traced.clear()
+    plan()
+    assert not traced
+
+
+@pytest.mark.usefixtures("simulated_tpu")
+def test_a_wrong_plan_kernel_is_named_and_never_chosen(capsys, monkeypatch):
+    pallas = least_loaded.module("pallas")
+    right = pallas.plan
+    monkeypatch.setattr(pallas, "plan", lambda *a: right(*a).at[0, 0].add(1))
+    assert main([*PLANS, "--accept"]) == 1
+    out, lines = printed_lines(capsys)
+    assert "1 FAILED" in lines["pallas"]
+    assert "forced, then displaced: plan[0, 0] is " in out
+    found = accepted.look_up("least_loaded", "int32", "TPU v5", ("plan",))
+    assert found.choices == {"plan": "jnp"}
+
+
+def test_accepting_one_kernel_keeps_the_other():
+    accepted.store("cpu", {"grouped_matmul": {"float32": {"forward": "xla"}}}, {})
+    assert main([*PLANS, "--accept"]) == 0
+    assert accepted.look_up("grouped_matmul", "float32", "cpu", ()).choices == {"forward": "xla"}
+    assert accepted.look_up("least_loaded", "int32", "cpu", ()).choices == {"plan": "jnp"}
 
 
 @pytest.mark.slow
@@ -69,11 +149,19 @@ def test_a_kernel_that_raises_is_a_failure(monkeypatch):
         raise RuntimeError("no such instruction\nand more")
 
     monkeypatch.setattr(mlp_kit, "failures", broken)
-    result = verification.verify("tile_scan", "float32")
+    result = verification.verify(grouped_matmul, "tile_scan", "float32")
     assert result.failures == ["RuntimeError: no such instruction"] * 2
     assert not result.may_be_chosen
 
 
 def test_unknown_implementation(capsys):
     assert main(["verify-kernels", "--implementation", "cublas"]) == 2
-    assert "no implementation 'cublas'; use one of tile_scan" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "no implementation 'cublas'; use one of tile_scan" in message
+    assert "jnp, pallas" in message
+
+
+def test_an_implementation_without_such_operands(capsys):
+    words = ["--implementation", "pallas", "--dtype", "float32"]
+    assert main(["verify-kernels", *words]) == 2
+    assert "pallas has no operands of float32; leave out --dtype" in capsys.readouterr().err

@@ -22,9 +22,13 @@ def look_up(kind):
     return accepted.look_up("kernel", "bfloat16", kind, PRODUCTS)
 
 
+def every(name):
+    return {"forward": name}
+
+
 def test_finds_what_was_stored_and_where(file):
     assert look_up("H100") is None
-    assert accepted.store("H100", FAST, {"any": "figures"}) == file
+    assert accepted.store("H100", FAST, {"kernel": {"bfloat16": "any"}}) == file
     assert look_up("H100").choices == {"forward": "fast"}
     assert str(file) in look_up("H100").source
     assert accepted.look_up("other", "bfloat16", "H100", PRODUCTS) is None
@@ -39,10 +43,38 @@ def test_a_second_result_replaces_the_first_of_its_kind_only(file):
     assert len(json.loads(file.read_text())) == 2
 
 
-def test_the_users_result_goes_before_the_shipped_one():
-    assert look_up("cpu").choices == {"forward": "tile_scan"}
-    accepted.store("cpu", FAST, {})
-    assert look_up("cpu").choices == {"forward": "fast"}
+def test_results_of_other_kernels_and_dtypes_stay(file):
+    accepted.store("H100", FAST, {"kernel": {"bfloat16": 3.0}})
+    accepted.store("H100", {"kernel": {"float32": every("slow")}}, {"kernel": {"float32": 4.0}})
+    accepted.store("H100", {"other": {"int32": every("odd")}}, {"other": {"int32": 5.0}})
+    (record,) = json.loads(file.read_text())
+    kernel = {"bfloat16": every("fast"), "float32": every("slow")}
+    assert record["choices"] == {"kernel": kernel, "other": {"int32": every("odd")}}
+    figures = {"bfloat16": 3.0, "float32": 4.0}
+    assert record["figures"] == {"kernel": figures, "other": {"int32": 5.0}}
+
+
+def test_results_under_other_conditions_are_stale_and_go(file, monkeypatch):
+    accepted.store("H100", FAST, {})
+    assert not accepted.is_stale("H100")
+    monkeypatch.setattr(accepted, "sources_hash", lambda: "changed")
+    assert accepted.is_stale("H100")
+    assert not accepted.is_stale("H200")
+    accepted.store("H100", {"other": {"int32": every("odd")}}, {})
+    (record,) = json.loads(file.read_text())
+    assert record["choices"] == {"other": {"int32": every("odd")}}
+
+
+@pytest.mark.parametrize(
+    "kernel, dtype, shipped",
+    [("grouped_matmul", "bfloat16", "tile_scan"), ("least_loaded", "int32", "jnp")],
+)
+def test_the_users_result_goes_before_the_shipped_one(kernel, dtype, shipped):
+    here = lambda kind="cpu": accepted.look_up(kernel, dtype, kind, PRODUCTS)
+    assert here().choices == every(shipped)
+    assert here("TPU v5") is None
+    accepted.store("cpu", {kernel: {dtype: every("fast")}}, {})
+    assert here().choices == every("fast")
 
 
 @pytest.mark.parametrize("text", ["no json", "3", '[{"conditions": {}}]'])

@@ -7,8 +7,9 @@ import pytest
 
 from moejax.errors import UserError
 from moejax.kernels import accepted, compat, dispatch
+from moejax.kernels.grouped_matmul import implementations
 
-AVAILABLE = ("tile_scan", "xla", "fast", "faster")
+AVAILABLE = ("plain", "fast", "faster")
 PRODUCTS = ("forward", "grad_rhs")
 
 
@@ -18,6 +19,7 @@ def choose(named=None, *, obstacle=lambda name: None, dtype="bfloat16", **option
         products=PRODUCTS,
         dtype=dtype,
         obstacle=obstacle,
+        portable=dispatch.Portable("plain", "it is right everywhere"),
         **options,
     )
 
@@ -47,17 +49,33 @@ def device(monkeypatch, tmp_path):
         ("tpu", "TPU7x", "tile_scan", logging.WARNING),
     ],
 )
-def test_without_accepted_results_it_takes_what_is_never_dense(
-    device, caplog, platform, kind, want, level
-):
+def test_grouped_matmul_takes_what_is_never_dense(device, caplog, platform, kind, want, level):
     device(platform, kind)
     with caplog.at_level(logging.INFO):
         for _ in range(3):
-            assert choose() == (want, want)
+            assert set(implementations.choose("caller", None, "bfloat16")) == {want}
     (record,) = caplog.records  # once
     assert record.levelno == level
-    assert all(word in record.message for word in ("kernel (bfloat16)", want, kind))
+    assert all(word in record.message for word in ("caller (bfloat16)", want, kind))
     assert ("moejax verify-kernels --accept" in record.message) == (level == logging.WARNING)
+
+
+def test_without_accepted_results_it_takes_the_portable_one_with_a_warning(device, caplog):
+    device("tpu", "TPU v5")
+    for _ in range(3):
+        assert choose() == ("plain", "plain")
+    (record,) = caplog.records  # once
+    for words in ("kernel (bfloat16)", "'plain' on TPU v5: it is right", "verify-kernels --accept"):
+        assert words in record.message
+
+
+def test_there_is_nothing_to_warn_of_where_no_other_could_serve(device, caplog):
+    device("gpu", "H100")
+    with caplog.at_level(logging.INFO):
+        assert choose(obstacle=lambda name: None if name == "plain" else "no") == ("plain",) * 2
+    (record,) = caplog.records
+    assert record.levelno == logging.INFO
+    assert "'plain' on H100: no other serves there" in record.message
 
 
 def test_takes_what_the_user_accepted_for_each_product(device, caplog):
@@ -66,11 +84,11 @@ def test_takes_what_the_user_accepted_for_each_product(device, caplog):
     accepted.store("H100", {"kernel": choices}, {})
     with caplog.at_level(logging.INFO):
         assert choose() == ("fast", "faster")
-        assert choose(dtype="float32") == ("tile_scan",) * 2  # nothing was accepted for it
+        assert choose(dtype="float32") == ("plain",) * 2  # nothing was accepted for it
     assert "forward by 'fast', grad_rhs by 'faster' on H100" in caplog.records[0].message
     assert caplog.records[1].levelno == logging.WARNING
     device("gpu", "A100")
-    assert choose() == ("tile_scan",) * 2
+    assert choose() == ("plain",) * 2
 
 
 def test_replaces_what_was_accepted_where_it_cannot_serve(device, caplog):
@@ -78,7 +96,7 @@ def test_replaces_what_was_accepted_where_it_cannot_serve(device, caplog):
     choices = {"bfloat16": {"forward": "fast", "grad_rhs": "gone since"}}
     accepted.store("H100", {"kernel": choices}, {})
     refuse = lambda name: "no" if name == "fast" else None
-    assert choose(obstacle=refuse) == ("tile_scan",) * 2
+    assert choose(obstacle=refuse) == ("plain",) * 2
 
 
 def test_says_that_accepted_results_are_of_other_versions(device, caplog, monkeypatch):
@@ -86,13 +104,13 @@ def test_says_that_accepted_results_are_of_other_versions(device, caplog, monkey
     accepted.store("H100", {"kernel": {"bfloat16": dict.fromkeys(PRODUCTS, "fast")}}, {})
     assert choose() == ("fast", "fast")
     monkeypatch.setattr(accepted, "sources_hash", lambda: "changed")
-    assert choose() == ("tile_scan",) * 2
+    assert choose() == ("plain",) * 2
     assert "other versions of them were accepted" in caplog.records[-1].message
 
 
 def test_a_named_implementation_is_used_or_refused(device):
     device("tpu", "TPU v5")
-    assert choose("tile_scan") == ("tile_scan",) * 2
+    assert choose("plain") == ("plain",) * 2
     with pytest.raises(UserError, match="kernel has no implementation 'nope'"):
         choose("nope")
     with pytest.raises(UserError, match="caller: implementation 'fast' cannot serve.*too odd"):
@@ -111,7 +129,7 @@ def test_an_unannounced_choice_is_announced_when_it_runs(device, caplog):
     device("cpu", "cpu")
     with caplog.at_level(logging.INFO):
         with dispatch.unannounced():
-            assert choose() == ("tile_scan",) * 2
+            assert choose() == ("plain",) * 2
         assert not caplog.records
         choose()
     assert len(caplog.records) == 1

@@ -11,8 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moejax.errors import UserError
-from moejax.kernels import accepted, compat, least_loaded
-from moejax.kernels.least_loaded import conformance, least_loaded_plan, reference
+from moejax.kernels import accepted, compat, dispatch, least_loaded
+from moejax.kernels.least_loaded import (
+    IMPLEMENTATIONS,
+    conformance,
+    least_loaded_plan,
+    reference,
+)
 from tests.parallel.random_loads import random_loads
 
 
@@ -181,17 +186,41 @@ def test_a_named_implementation_serves_or_says_why_not(name, what):
         least_loaded_plan(jnp.ones(4, jnp.int32), 2, capacity=2, min_chunk=1, implementation=name)
 
 
-def test_on_tpu_the_kernel_is_taken_once_it_was_accepted(monkeypatch, tmp_path, caplog):
+@pytest.fixture
+def taken(monkeypatch, tmp_path):
+    """Which implementation a call without a name traces, as if on a device of this platform."""
     monkeypatch.setenv("MOEJAX_KERNELS", str(tmp_path / "kernels.json"))
-    monkeypatch.setattr(compat, "target_platform", lambda: "tpu")
-    monkeypatch.setattr(compat, "target_device_kind", lambda: "TPU v5")
-    least_loaded._announce.cache_clear()
+    dispatch._announce.cache_clear()
+    seen, plain = [], least_loaded.module("jnp").plan
+    for name in IMPLEMENTATIONS:
+        spy = lambda *args, name=name: seen.append(name) or plain(*args)
+        monkeypatch.setattr(least_loaded.module(name), "plan", spy)
+
+    def trace(platform, kind, **options):
+        monkeypatch.setattr(compat, "target_platform", lambda: platform)
+        monkeypatch.setattr(compat, "target_device_kind", lambda: kind)
+        least_loaded_plan(jnp.ones(4, jnp.int32), 2, capacity=2, min_chunk=1, **options)
+        return seen.pop()
+
+    yield trace
+    dispatch._announce.cache_clear()
+
+
+def test_on_tpu_the_kernel_is_taken_once_it_was_accepted(taken, caplog):
     with caplog.at_level(logging.INFO):
-        assert [least_loaded._choose(None) for _ in range(3)] == ["jnp"] * 3
+        assert [taken("tpu", "TPU v5") for _ in range(3)] == ["jnp"] * 3
     (record,) = caplog.records
-    assert "'jnp' on TPU v5: 'pallas' was not accepted" in record.message
+    assert record.levelno == logging.WARNING
+    assert "least_loaded_plan (int32): implementation 'jnp' on TPU v5" in record.message
     accepted.store("TPU v5", {"least_loaded": {"int32": {"plan": "pallas"}}}, {})
-    assert least_loaded._choose(None) == "pallas"
-    assert least_loaded._choose("jnp") == "jnp"
-    monkeypatch.setattr(compat, "target_platform", lambda: "cpu")
-    assert least_loaded._choose(None) == "jnp"  # it cannot serve there
+    assert taken("tpu", "TPU v5") == "pallas"
+    assert taken("tpu", "TPU v6 lite") == "jnp"
+    assert taken("tpu", "TPU v5", implementation="jnp") == "jnp"
+    assert taken("cpu", "TPU v5") == "jnp"  # it cannot serve there
+
+
+@pytest.mark.parametrize("platform, kind", [("cpu", "cpu"), ("gpu", "NVIDIA H100")])
+def test_elsewhere_nobody_is_told_to_accept_a_kernel(taken, caplog, platform, kind):
+    with caplog.at_level(logging.INFO):
+        assert taken(platform, kind) == "jnp"
+    assert [record.levelno for record in caplog.records] == [logging.INFO]

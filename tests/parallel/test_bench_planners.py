@@ -101,19 +101,35 @@ def test_the_command_compares_all_planners_on_a_trace(tools, tmp_path, capsys):
     assert all(r["microseconds"] > 0 for r in found.values())
 
 
+def test_a_phase_counts_its_own_steps_and_knows_those_before(tools, tmp_path):
+    loads = np.arange(7 * 2 * 4).reshape(7, 2, 4)
+    np.savez(tmp_path / "x.npz", loads=loads)
+    phases = tools.workloads.recorded(tmp_path / "x.npz", 2, phases=3)
+    assert [p.name for p in phases] == ["steps 2 to 3", "steps 4 to 5", "steps 6 to 7"]
+    counted = [p.loads[p.history :] for p in phases]
+    np.testing.assert_array_equal(np.concatenate(counted), loads[1:])
+    first_layer_only = phases[1].loads * np.array([[1], [0]])  # the second layer has no rows
+    workload = tools.workloads.Workload("", "", first_layer_only, 2, history=3)
+    native = np.zeros((*workload.loads.shape, 2), np.int64)
+    native[..., :2, 0], native[..., 2:, 1] = workload.loads[..., :2], workload.loads[..., 2:]
+    steps = [load[2:].sum() / (load.sum() / 2) for load in loads[3:5, 0]]
+    assert tools.measure._result("", workload, native, 0.0).worst == pytest.approx(max(steps))
+
+
 @pytest.mark.parametrize(
     "arrays, what",
     [
         ({"other": np.zeros(3)}, "has no array 'loads'; it has other"),
         ({"loads": np.zeros((2, 3, 16))}, "must be integers .steps, layers, experts.; it is float"),
         ({"loads": np.zeros((2, 1, 10), int)}, "10 experts, not a multiple of 8 devices"),
+        ({"loads": np.zeros((3, 1, 8), int)}, "3 steps, too few for 2 phases"),
     ],
 )  # fmt: skip
 def test_a_trace_that_does_not_fit_is_refused(tools, tmp_path, capsys, arrays, what):
     trace = tmp_path / "bad.npz"
     np.savez(trace, **arrays)
     with pytest.raises(SystemExit):
-        tools.command.main(["--trace", str(trace)])
+        tools.command.main(["--trace", str(trace), "--phases", "2"])
     assert re.search(what, capsys.readouterr().err)
 
 
@@ -125,5 +141,5 @@ def test_the_log_of_a_run_is_a_trace(tools, tmp_path):
         {"kind": "train", "step": 1, "time": 1.0, "values": {"router/load": share}},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    found = tools.workloads.recorded(tmp_path, 2)
+    (found,) = tools.workloads.recorded(tmp_path, 2)
     np.testing.assert_array_equal(found.loads, [[[100, 50, 50, 0], [20, 40, 60, 80]]])

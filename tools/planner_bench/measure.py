@@ -39,7 +39,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One planner on one workload; the first step only makes history.
+    """One planner on one workload, without the steps that only make history.
 
     Attributes:
       before, after: largest over mean load of the devices, averaged over steps and layers.
@@ -137,8 +137,7 @@ def _eplb(workload: Workload, believed: np.ndarray, spare: int) -> tuple[np.ndar
 def _result(name: str, workload: Workload, rows: np.ndarray, seconds: float) -> Result:
     """`rows`: the plans `[steps, layers, E, P]`. Raises AssertionError if one loses a row."""
     assert (rows.sum(3) == workload.loads).all(), name
-    if len(rows) > 1:
-        rows = rows[1:]
+    rows = rows[min(workload.history, len(rows) - 1) :]
     num_experts, num_devices = rows.shape[2:]
     load = rows.sum(2, dtype=np.int64)  # [steps, layers, P]
     owner = np.asarray(planners.is_owner(num_experts, num_devices))

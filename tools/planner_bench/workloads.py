@@ -13,12 +13,19 @@ from moejax.analysis.metrics_file import read_metrics
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What a router chose: `loads` `[steps, layers, E]`, rows per expert, on `num_devices`."""
+    """What a router chose, on `num_devices`.
+
+    Attributes:
+      loads: rows per expert, `[steps, layers, E]`.
+      history: the first so many steps are what planners may know, and are not counted; of a single
+        step none.
+    """
 
     group: str
     name: str
     loads: np.ndarray
     num_devices: int
+    history: int = 1
 
 
 # Experts, tokens per device, choices per token (arXiv 2601.17111, figure 4; 8 devices).
@@ -72,8 +79,11 @@ def zipf(steps: int, seed: int) -> list[Workload]:
     return found
 
 
-def recorded(path: pathlib.Path, num_devices: int) -> Workload:
-    """A routing trace. Raises ValueError where it or the number of devices does not fit."""
+def recorded(path: pathlib.Path, num_devices: int, phases: int = 1) -> list[Workload]:
+    """A routing trace in so many phases of about the same length, each with all steps before it.
+
+    Raises ValueError where the trace, the number of devices or of phases does not fit.
+    """
     loads = _of_run(path) if path.is_dir() else _of_file(path)
     if loads.ndim != 3 or not np.issubdtype(loads.dtype, np.integer) or 0 in loads.shape:
         raise ValueError(
@@ -85,8 +95,17 @@ def recorded(path: pathlib.Path, num_devices: int) -> Workload:
             f"{path} has {loads.shape[2]} experts, not a multiple of {num_devices} devices; "
             "choose another --num-devices"
         )
+    if not 1 <= phases <= max(len(loads) // 2, 1):
+        raise ValueError(
+            f"{path} has {len(loads)} steps, too few for {phases} phases; choose another --phases"
+        )
     group = f"trace, N={loads.shape[2]}, P={num_devices}"
-    return Workload(group, path.stem, loads.astype(np.int64), num_devices)
+    found = []
+    for part in np.array_split(np.arange(len(loads)), phases):
+        history, end = max(part[0], 1), part[-1] + 1
+        name = path.stem if phases == 1 else f"steps {history + 1} to {end}"
+        found.append(Workload(group, name, loads[:end].astype(np.int64), num_devices, history))
+    return found
 
 
 def _of_file(path: pathlib.Path) -> np.ndarray:

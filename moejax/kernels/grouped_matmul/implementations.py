@@ -48,9 +48,19 @@ def choose(caller: str, named: str | None, dtype: Any) -> Choice:
         products=Choice._fields,
         dtype=jnp.dtype(dtype).name,
         obstacle=functools.partial(obstacle, dtype=dtype),
+        portable=_portable(),
         caller=caller,
     )
     return Choice(*chosen)
+
+
+def _portable() -> dispatch.Portable:
+    """What is right here and never dense."""
+    if compat.has_ragged_dot():
+        return dispatch.Portable("xla", "XLA's ragged dot is a real grouped kernel there")
+    return dispatch.Portable(
+        "tile_scan", "XLA's ragged dot computes every group for every row there"
+    )
 
 
 def module(name: str) -> ModuleType:
@@ -97,14 +107,13 @@ def glu(
     kernels = module(name)
     if hasattr(kernels, "glu"):
         return kernels.glu(rows, gate, up, biases, groups, act=act)
-    hidden = [
-        kernels.forward(rows, weight, groups, transpose_rhs=False, dtype=rows.dtype)
-        for weight in (gate, up)
-    ]
-    if biases is not None:
-        hidden = [h + groups.of_rows(b, rows.shape[0]) for h, b in zip(hidden, biases, strict=True)]
     acc = at_least_f32(rows.dtype)
-    return *hidden, act(*(h.astype(acc) for h in hidden)).astype(rows.dtype)
+    options = {"transpose_rhs": False, "dtype": rows.dtype if biases is None else acc}
+    hidden = [kernels.forward(rows, weight, groups, **options) for weight in (gate, up)]
+    if biases is not None:  # added before the one rounding
+        hidden = [h + groups.of_rows(b, rows.shape[0]) for h, b in zip(hidden, biases, strict=True)]
+    returned = [h.astype(rows.dtype) for h in hidden]
+    return *returned, act(*(h.astype(acc) for h in returned)).astype(rows.dtype)
 
 
 def grad_rows_of_glu(

@@ -6,22 +6,21 @@ the device that holds least. (Nguyen et al., Least-Loaded Expert Parallelism, ar
 
 from __future__ import annotations
 
-import functools
 import importlib
-import logging
 from types import ModuleType
 
 import jax  # and not jax.numpy as jnp, which is the name of a module of this package
 from jax import Array
 from jaxtyping import ArrayLike, Int
 
-from moejax.kernels import accepted, compat, dispatch
+from moejax.kernels import compat, dispatch
 
-__all__ = ["IMPLEMENTATIONS", "least_loaded_plan"]
+__all__ = ["IMPLEMENTATIONS", "PRODUCTS", "least_loaded_plan"]
 
 IMPLEMENTATIONS = ("jnp", "pallas")
+PRODUCTS = ("plan",)
 
-_log = logging.getLogger(__name__)
+_PORTABLE = dispatch.Portable("jnp", "it is plain JAX and right everywhere")
 
 
 def least_loaded_plan(
@@ -53,15 +52,24 @@ def least_loaded_plan(
       min_chunk: the fewest rows for which moving an expert's weights pays; below 1 counts as 1. May
         be traced.
       implementation: "jnp", or "pallas" (one kernel on TPU, where "jnp" is a loop of small ones;
-        checked in Pallas's simulator and by the TPU compiler, not yet run on hardware). None takes
-        "jnp", except where "pallas" was accepted for this kind of device.
+        checked in Pallas's simulator and by the TPU compiler, not yet run on hardware). None lets
+        `dispatch.choose` pick: "jnp", until "pallas" was accepted for this kind of device.
 
     Raises:
       ValueError: E is not a multiple of `num_devices`, or `loads` is no vector of integers.
       UserError: an unknown implementation, or one that cannot serve this call.
     """
     loads = _checked(loads, num_devices)
-    name = _choose(implementation)
+    (name,) = dispatch.choose(
+        "least_loaded",
+        implementation,
+        IMPLEMENTATIONS,
+        products=PRODUCTS,
+        dtype="int32",
+        obstacle=obstacle,
+        portable=_PORTABLE,
+        caller="least_loaded_plan",
+    )
     if num_devices == 1 or not loads.shape[0]:
         return loads.reshape(-1, num_devices)
     capacity, min_chunk = (jax.numpy.asarray(x, jax.numpy.int32) for x in (capacity, min_chunk))
@@ -95,39 +103,3 @@ def _checked(loads: ArrayLike, num_devices: int) -> Array:
             "of experts must be a multiple of the number of devices"
         )
     return loads.astype(jax.numpy.int32)
-
-
-def _choose(named: str | None) -> str:
-    """`named` if it can serve; for None what was accepted for this kind of device, or "jnp".
-
-    A plan decides where rows go, so nothing but "jnp" is taken before `conformance.failures` found
-    nothing on such a device.
-    """
-    products = ("plan",)
-    if named is not None:
-        return dispatch.choose(
-            "least_loaded",
-            named,
-            IMPLEMENTATIONS,
-            products=products,
-            dtype="int32",
-            obstacle=obstacle,
-            caller="least_loaded_plan",
-        )[0]
-    device_kind = compat.target_device_kind()
-    found = accepted.look_up("least_loaded", "int32", device_kind, products)
-    name = found.choices.get("plan") if found else None
-    if name in IMPLEMENTATIONS and obstacle(name) is None:
-        _announce(f"least_loaded_plan: implementation {name!r} on {device_kind}, {found.source}")
-        return name
-    if compat.target_platform() == "tpu":
-        _announce(
-            f"least_loaded_plan: implementation 'jnp' on {device_kind}: 'pallas' was not accepted "
-            "on such a device"
-        )
-    return "jnp"
-
-
-@functools.cache  # once per message
-def _announce(message: str) -> None:
-    _log.info(message)
