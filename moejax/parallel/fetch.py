@@ -106,6 +106,11 @@ def _add_copies(total: Any, foreign: Any, slots: Array, *, axis: str, backend: s
     """`total` `[M, ...]` plus the gradients `foreign` `[F, ...]` of all devices' copies."""
     send_back = _send_back_ragged if backend == "ragged" else _send_back_dense
 
+    # One after another: what arrived is widened as it is added, and never stored wide.
+    def add(t, copy):
+        local, gradient = copy
+        return t.at[local].add(gradient.astype(t.dtype), mode="drop"), None
+
     def to(total: Array, gradients: Array) -> Array:
         num_owned = total.shape[0]
 
@@ -113,8 +118,8 @@ def _add_copies(total: Any, foreign: Any, slots: Array, *, axis: str, backend: s
             wanted, gradient = inputs
             local = wanted - lax.axis_index(axis) * num_owned
             local = jnp.where((local >= 0) & (local < num_owned), local, num_owned)
-            a = send_back(gradient, wanted // num_owned, axis).astype(t.dtype)  # by sender
-            return t.at[local].add(a, mode="drop"), None
+            by_sender = send_back(gradient, wanted // num_owned, axis)
+            return lax.scan(add, t, (local, by_sender))[0], None
 
         return lax.scan(one_slot, total, (slots.T, gradients))[0]
 

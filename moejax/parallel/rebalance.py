@@ -35,13 +35,13 @@ class Plan:
     Attributes:
       rows: rows of expert e that device p computes.
       slots: the foreign experts of each device by ascending id; E where a slot is empty.
-      num_rounds: how often every device has to fill its buffer of rows, at least 1.
+      most_rows: on the fullest device; more than it can hold at a time take several rounds.
       has_foreign: whether any device computes an expert that it does not own.
     """
 
     rows: Int[Array, "E P"]
     slots: Int[Array, "P F"]
-    num_rounds: Int[Array, ""]
+    most_rows: Int[Array, ""]
     has_foreign: Bool[Array, ""]
 
 
@@ -104,7 +104,7 @@ def rebalance(
     return Plan(
         rows=rows,
         slots=_slots(rows, num_slots),
-        num_rounds=jnp.maximum(-(-most_rows(rows) // num_rows), 1),
+        most_rows=most_rows(rows),
         has_foreign=most_foreign(rows) > 0,
     )
 

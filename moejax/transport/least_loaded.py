@@ -29,7 +29,7 @@ from moejax.parallel.planned_rows import (
     not_computed,
     there_and_back,
 )
-from moejax.parallel.rebalance import most_rows, rebalance, split_by_source
+from moejax.parallel.rebalance import rebalance, split_by_source
 from moejax.parallel.rounds import in_rounds
 from moejax.parallel.token_shards import (
     counts_of_all,
@@ -107,7 +107,7 @@ class LeastLoaded:
         me = lax.axis_index("expert")
         split = split_by_source(plan.rows, counts)  # [source, expert, destination]
         places = local_experts(me, num_experts, num_experts // num_devices, plan.slots[me])
-        needed, has_foreign = most_anywhere((most_rows(plan.rows), plan.has_foreign))
+        needed, has_foreign = most_anywhere((plan.most_rows, plan.has_foreign))
         own, foreign = with_foreign(
             weights, plan.slots, has_foreign > 0, x.dtype, "expert", self.exchange
         )
