@@ -53,7 +53,7 @@ class Variant:
 
 
 def variants(experiment: Experiment, model: Transformer, num_devices: int) -> Iterator[Variant]:
-    """All variants: every mesh, every transport, remat, microbatches, padding, unrolled layers."""
+    """All variants: meshes, transports, kernels, remat, microbatches, padding, unrolled layers."""
     alone = dataclasses.replace(experiment, mesh=Mesh(data=1), num_microbatches=1)
     for shape in meshes(num_devices):
         yield Variant(name=_stated(shape), experiment=on_mesh(alone, shape), model=model)
@@ -65,6 +65,10 @@ def variants(experiment: Experiment, model: Transformer, num_devices: int) -> It
                     experiment=on_mesh(alone, shape),
                     model=with_ffn(model, transport=transport),
                 )
+    if hasattr(getattr(model.moe, "experts", None), "implementation"):
+        defined = model.moe.experts.clone(implementation="reference")
+        changed = with_ffn(model, experts=defined)
+        yield Variant(name="experts by definition", experiment=alone, model=changed)
     for remat in ("full", "none"):
         if remat != model.remat:
             changed = dataclasses.replace(model, remat=remat)

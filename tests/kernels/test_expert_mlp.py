@@ -278,3 +278,12 @@ def test_errors_name_the_condition(change, message, unchecked):
     call |= {"experts": jnp.zeros((T, K), jnp.int32)} | change
     with pytest.raises((ValueError, UserError), match=message):
         expert_mlp(**call)
+
+
+def test_the_definition_can_be_named_and_rounds_once():
+    params = parameters("bfloat16", biased=True, num_tokens=SMALL)
+    dout, experts = cotangent("bfloat16", SMALL), routes()["empty slots"][:SMALL]
+    got = compiled("reference", "silu")(params, jnp.asarray(experts), dout)
+    want = definition(params, experts, dout, "silu")
+    assert_matches(got, want, "bfloat16")
+    np.testing.assert_allclose(np.asarray(got[0], np.float64), want[0], rtol=2.0**-8, atol=1e-6)

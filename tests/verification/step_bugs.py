@@ -95,4 +95,13 @@ STEP = (
         variant="padding",
         caught="loss",
     ),
+    Mutation(
+        name="kernel-without-gate-gradient",
+        story="the backward pass of expert_mlp gives routing weights no gradient",
+        file="kernels/expert_mlp/__init__.py",
+        old="return slots.sum_by_token(dx, x.dtype), dw, None, dweights",
+        new="return slots.sum_by_token(dx, x.dtype), dw, None, jnp.zeros_like(dweights)",
+        variant="experts by definition",
+        caught="gradient embed/embedding",
+    ),
 )

@@ -29,5 +29,12 @@ def test_names_are_unique_and_every_kind_is_there():
     experiment = build_config(load_config("configs/tiny.py:smoke"))
     names = [v.name for v in variants(experiment, experiment.build_model(64), 8)]
     assert len(set(names)) == len(names)
-    for kind in ("context=8", "least_loaded on", "remat full", "padding", "2 microbatches"):
+    for kind in (
+        "context=8",
+        "least_loaded on",
+        "experts by definition",
+        "remat full",
+        "padding",
+        "2 microbatches",
+    ):
         assert any(kind in name for name in names), kind

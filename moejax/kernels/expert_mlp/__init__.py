@@ -16,11 +16,12 @@ from jaxtyping import Array, Float, Int
 
 from moejax.kernels import compat
 from moejax.kernels.activations import glu_activation
-from moejax.kernels.expert_mlp import tile_scan
+from moejax.kernels.expert_mlp import reference, tile_scan
 from moejax.kernels.expert_mlp.algebra import Activations, Weights
 from moejax.kernels.expert_mlp.grouped import GroupedExperts
 from moejax.kernels.expert_mlp.slots import Slots, sort_slots
 from moejax.kernels.grouped_matmul.implementations import Choice, choose
+from moejax.types import at_least_f32
 
 
 class Biases(NamedTuple):
@@ -63,7 +64,8 @@ def expert_mlp(
       biases: on the three projections, in the order of `Biases`; all or none.
       activation: a key of `activations.GLU_ACTIVATIONS`.
       implementation: one of `IMPLEMENTATIONS` of grouped_matmul, for all its products, or None to
-        let `dispatch.choose` pick each.
+        let `dispatch.choose` pick each. "reference" is the definition, for comparisons: every
+        expert on every token, differentiated by JAX.
 
     Raises:
       UserError: an unknown activation or implementation.
@@ -74,12 +76,20 @@ def expert_mlp(
     glu_activation(activation)
     w = Weights(w_gate, w_up, w_down, *(biases or (None,) * 3))
     compute = jnp.result_type(x, *(v for v in w if v is not None))
+    if implementation == "reference":
+        return _defined(activation, at_least_f32(compute), x, w, experts, weights).astype(x.dtype)
     choice = choose("expert_mlp", implementation, compute)
     if experts.size == 0 or 0 in w_gate.shape:
         return jnp.zeros_like(x)
     w = jax.tree.map(lambda v: v.astype(compute), w)
     operands = compat.vary_alike((x.astype(compute), w, experts, weights))
     return _expert_mlp(activation, choice, *operands).astype(x.dtype)
+
+
+def _defined(activation, dtype, x, w, experts, weights):
+    x, w, weights = jax.tree.map(lambda v: v.astype(dtype), (x, w, weights))
+    biases = None if w.down_bias is None else w[3:]
+    return reference.expert_mlp(x, *w[:3], experts, weights, biases=biases, activation=activation)
 
 
 def _kernels(choice: Choice) -> ModuleType | GroupedExperts:
