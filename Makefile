@@ -10,7 +10,7 @@ PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?= tpu
 BIN := $(VENV)/bin
-PYTEST := $(BIN)/python -m pytest -n 2
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # An allocator that keeps its memory: 15 to 30% more tokens per second on CPU (glibc only).
 CPU_TUNING := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_ARENA_MAX=1 \

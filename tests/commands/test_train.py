@@ -1,7 +1,10 @@
 """`moejax train` and its siblings, as a user types them."""
 
 import argparse
+import contextlib
+import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,18 +20,34 @@ from moejax.train.checkpoint import Checkpointer
 TINY = "configs/tiny.py:smoke"
 
 
-@pytest.fixture
-def cache(tmp_path_factory, monkeypatch):
-    folder = tmp_path_factory.getbasetemp() / "moejax-cache"
-    monkeypatch.setenv("MOEJAX_CACHE", str(folder))
-    return folder
+CHECKPOINTS = ("checkpoint_every=1", "keep_last=3")
+
+
+@pytest.fixture(scope="module")
+def cache_folder(tmp_path_factory):
+    return tmp_path_factory.getbasetemp() / "moejax-cache"
 
 
 @pytest.fixture
-def finished(tmp_path, cache, capsys):
-    workdir = tmp_path / "run"
-    assert main(["train", TINY, f"workdir={workdir}"]) == 0
-    return workdir, capsys.readouterr().out
+def cache(cache_folder, monkeypatch):
+    monkeypatch.setenv("MOEJAX_CACHE", str(cache_folder))
+    return cache_folder
+
+
+@pytest.fixture(scope="module")
+def finished_once(tmp_path_factory, cache_folder):
+    """(workdir, standard output) of one finished run with a checkpoint after every step."""
+    workdir, out = tmp_path_factory.mktemp("finished") / "run", io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.setenv("MOEJAX_CACHE", str(cache_folder))
+        assert main(["train", TINY, f"workdir={workdir}", *CHECKPOINTS]) == 0
+    return workdir, out.getvalue()
+
+
+@pytest.fixture
+def finished(finished_once, cache, capsys):
+    capsys.readouterr()  # what the run wrote to stderr
+    return finished_once
 
 
 def error_of(capsys, *words):
@@ -73,17 +92,15 @@ def test_a_workdir_with_another_experiment_is_refused(finished, capsys):
 
 
 @pytest.mark.slow
-def test_a_flipped_bit_is_noticed_and_the_checkpoint_before_is_used(tmp_path, cache, capsys):
+def test_a_flipped_bit_is_noticed_and_the_checkpoint_before_is_used(finished, tmp_path, capsys):
     workdir = tmp_path / "run"
-    words = ["train", TINY, f"workdir={workdir}", "checkpoint_every=1", "keep_last=3"]
-    assert main(words) == 0
+    shutil.copytree(finished[0], workdir)
     newest = max((workdir / "checkpoints").glob("*"), key=lambda p: p.name)
     data = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1
     data.write_bytes(content)
-    capsys.readouterr()
-    assert main(words) == 0
+    assert main(["train", TINY, f"workdir={workdir}", *CHECKPOINTS]) == 0
     events = (workdir / "metrics.jsonl").read_text()
     assert '"step": 2' in next(line for line in events.splitlines() if '"resumed"' in line)
     assert "step 3" in capsys.readouterr().err

@@ -125,6 +125,11 @@ def test_two_runs_are_bit_equal():
     assert not simulate(lambda: kit.differences_between_runs(Small, case, dtype="bfloat16"))
 
 
+@functools.partial(jax.jit, static_argnums=2)
+def planned(sizes, first_row, num_rows):
+    return tasks.plan(LocalGroups(sizes, first_row), num_rows, HEIGHT)
+
+
 @pytest.mark.parametrize("first_row", [0, 1, 13, 96])
 @pytest.mark.parametrize("sizes", [*EDGES.values(), (0,) * 8, (500, 0, 3), (1,) * 40])
 def test_tasks_store_every_row_once_from_aligned_tiles(sizes, first_row):
@@ -134,8 +139,8 @@ def test_tasks_store_every_row_once_from_aligned_tiles(sizes, first_row):
     for group in range(len(sizes)):
         owner[starts[group] : starts[group + 1]] = group
 
-    groups = LocalGroups(jnp.asarray(sizes, jnp.int32), first_row)
-    plan = jax.tree.map(np.asarray, tasks.plan(groups, num_rows, HEIGHT))
+    plan = planned(jnp.asarray(sizes, jnp.int32), jnp.int32(first_row), num_rows)
+    plan = jax.tree.map(np.asarray, plan)
     of_groups, total = plan.counts
     assert total <= plan.group.size
     stored = np.zeros(num_rows, int)
@@ -152,7 +157,7 @@ def test_tasks_store_every_row_once_from_aligned_tiles(sizes, first_row):
 @pytest.mark.parametrize("columns", [1, 3, 8])
 def test_order_deals_out_every_pair_once(num_tiles, columns):
     order = tasks.Order(columns, 132)
-    pair = jax.vmap(order._pair, (0, None))
+    pair = jax.jit(jax.vmap(order._pair, (0, None)))
     tile, column = pair(jnp.arange(num_tiles * columns), jnp.int32(num_tiles))
     got = set(zip(tile.tolist(), column.tolist(), strict=True))
     assert got == {(t, c) for t in range(num_tiles) for c in range(columns)}

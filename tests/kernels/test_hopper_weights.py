@@ -194,7 +194,8 @@ def test_blocks_fit(height, width):
 @pytest.mark.parametrize("columns", [1, 7, 8, 9, 15, 16, 17])
 def test_every_block_is_located_once(rows, columns):
     count = rows * columns
-    row, column = locate(jnp.arange(count, dtype=jnp.int32), (rows, columns))
+    shape = (rows, columns)
+    row, column = jax.jit(lambda i: locate(i, shape))(jnp.arange(count, dtype=jnp.int32))
     assert sorted(np.asarray(row) * columns + np.asarray(column)) == list(range(count))
     assert np.max(row) == rows - 1
 

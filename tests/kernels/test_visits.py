@@ -1,5 +1,7 @@
 """Visits cover every row once, in order, and every group at least once."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +23,11 @@ CASES = {
 }
 
 
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def visits_by(rule, sizes, first, num_rows):
+    return rule(LocalGroups(sizes, first), num_rows, HEIGHT)
+
+
 def pairs(visits):
     """Used visits as (group, rows that it adds)."""
     arrays = jax.tree.map(np.asarray, visits)
@@ -34,20 +41,16 @@ def test_every_row_is_visited_once_by_its_group(case):
     sizes, num_rows, first = CASES[case]
     owner = np.full(num_rows, len(sizes))
     owner[first : first + sum(sizes)] = np.repeat(np.arange(len(sizes)), sizes)
-    groups = LocalGroups(jnp.asarray(sizes, jnp.int32), jnp.int32(first))
-    seen = [
-        (row, group)
-        for group, rows in pairs(visits_of_rows(groups, num_rows, HEIGHT))
-        for row in rows
-    ]
+    visits = visits_by(visits_of_rows, jnp.asarray(sizes), jnp.int32(first), num_rows)
+    seen = [(row, group) for group, rows in pairs(visits) for row in rows]
     assert seen == list(enumerate(owner))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_group_is_visited_without_a_gap(case):
     sizes, num_rows, first = CASES[case]
-    groups = LocalGroups(jnp.asarray(sizes, jnp.int32), jnp.int32(first))
-    visits = list(pairs(visits_of_groups(groups, num_rows, HEIGHT)))
+    visits = visits_by(visits_of_groups, jnp.asarray(sizes), jnp.int32(first), num_rows)
+    visits = list(pairs(visits))
     order = [group for group, _ in visits]
     assert order == sorted(order)  # a group's visits follow one another
     assert set(order) == set(range(len(sizes)))

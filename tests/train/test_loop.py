@@ -27,16 +27,27 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
+def build(workdir, cache, *overrides):
+    fixed = [f"workdir={workdir}", f"data.cache_dir={cache}"]
+    config = apply_overrides(load_config("configs/tiny.py:smoke"), [*fixed, *overrides])
+    return build_config(config)
+
+
 @pytest.fixture
 def smoke(tmp_path, cache):
-    """Builds the smoke experiment with overrides, in a folder of its own."""
+    """Builds the smoke experiment with overrides, in a folder of its own; it samples nothing."""
 
-    def build(name="run", *overrides):
-        fixed = [f"workdir={tmp_path / name}", f"data.cache_dir={cache}"]
-        config = apply_overrides(load_config("configs/tiny.py:smoke"), [*fixed, *overrides])
-        return build_config(config)
+    def without_samples(name, *overrides):
+        return dataclasses.replace(build(tmp_path / name, cache, *overrides), prompts=())
 
-    return build
+    return without_samples
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, cache):
+    """(the smoke experiment as it is, what its training returned)."""
+    experiment = build(tmp_path_factory.mktemp("finished") / "run", cache)
+    return experiment, train(experiment, name="run")
 
 
 def final_state(experiment, step):
@@ -79,17 +90,15 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(smoke):
     assert steps == sorted(set(steps))
 
 
-def test_a_finished_run_evaluates_again_and_trains_nothing(smoke):
-    experiment = smoke()
-    first = train(experiment, name="run")
+def test_a_finished_run_evaluates_again_and_trains_nothing(finished):
+    experiment, first = finished
     again = train(experiment, name="run")
     assert again.step == first.step == experiment.steps
     assert again.results["eval/loss"] == first.results["eval/loss"]
 
 
-@pytest.mark.slow
-def test_results_hold_the_figures_beside_those_of_compressors(smoke):
-    results = train(smoke(), name="run").results
+def test_results_hold_the_figures_beside_those_of_compressors(finished):
+    results = finished[1].results
     assert 0 < results["eval/bits_per_byte"] < 9  # a uniform byte model has 8.01
     assert 0 < results["xz_bits_per_byte"] < 8
     assert 0 < results["gzip_bits_per_byte"] < 8
@@ -137,7 +146,7 @@ def test_too_many_refusals_roll_back_and_data_go_on(smoke):
 
 
 def _refused_at_5_and_6(smoke, name):
-    overrides = ("steps=7", "checkpoint_every=2", "guard.max_consecutive_skips=1", "keep_last=5")
+    overrides = ("steps=9", "checkpoint_every=2", "guard.max_consecutive_skips=1", "keep_last=5")
     experiment = smoke(name, *overrides)
     return dataclasses.replace(experiment, objective=NotFiniteAt(first=4, last=5))
 
@@ -157,7 +166,7 @@ def _damage_before_restoring(monkeypatch, *steps):
 def test_a_roll_back_passes_over_a_corrupt_checkpoint_and_names_it(smoke, monkeypatch):
     experiment = _refused_at_5_and_6(smoke, "damaged")
     _damage_before_restoring(monkeypatch, 4)
-    assert train(experiment, name="damaged").step == 7
+    assert train(experiment, name="damaged").step == 9
     (text,) = [
         r["values"]["text"] for r in records(experiment) if r["values"].get("event") == "rollback"
     ]
@@ -210,9 +219,8 @@ def test_a_collapsing_router_warns_within_100_steps(smoke):
     assert "layer 0" in warnings[0]["values"]["text"]
 
 
-def test_variables_come_back_without_the_optimizer(smoke):
-    experiment = smoke("load")
-    train(experiment, name="run")
+def test_variables_come_back_without_the_optimizer(finished):
+    experiment, _ = finished
     loaded = load_variables(experiment, experiment.workdir)
     assert loaded.step == experiment.steps
     leaves = {jax.tree_util.keystr(p): x for p, x in final_state(experiment, experiment.steps)}
