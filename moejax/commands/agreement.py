@@ -18,7 +18,7 @@ _VISIBLE_SECONDS = 60.0  # network file systems show a new file late
 
 
 def check_same_run(config: fdl.Config, **arguments: Any) -> None:
-    """Raises UserError where processes differ in config, code, versions or `arguments`.
+    """Raises UserError where processes differ in config, code, kernels, versions or `arguments`.
 
     The error names the process and the paths. Enter `processes.joined` before.
     """
@@ -29,7 +29,7 @@ def check_same_run(config: fdl.Config, **arguments: Any) -> None:
     from moejax.config.text import config_text
 
     facts = {f"the argument {name}": repr(value) for name, value in arguments.items()}
-    facts |= _versions() | _code(config)
+    facts |= _versions() | _code(config) | _kernels()
     lines = [f"{path} = {value}" for path, value in facts.items()]
     processes.check_same("config or code", config_text(config) + "\n".join(lines))
 
@@ -59,6 +59,18 @@ def _versions() -> dict[str, str]:
     for name in _PACKAGES:
         found[f"the version of {name}"] = importlib.metadata.version(name)
     return found
+
+
+def _kernels() -> dict[str, str]:
+    """What `moejax verify-kernels --accept` stored: processes must compile the same program."""
+    from moejax.kernels import accepted, compat
+
+    found = {
+        f"the kernels accepted for {kernel} in {dtype}": json.dumps(products, sort_keys=True)
+        for kernel, by_dtype in accepted.by_user(compat.target_device_kind()).items()
+        for dtype, products in by_dtype.items()
+    }
+    return found or {"the kernels accepted": "none"}
 
 
 def _code(config: fdl.Config) -> dict[str, str]:

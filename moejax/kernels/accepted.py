@@ -54,14 +54,20 @@ def look_up(
     kernel: str, dtype: str, device_kind: str, products: tuple[str, ...]
 ) -> Accepted | None:
     """What was accepted for `kernel` on operands of `dtype`; None where nothing was."""
-    for record in _records(path()):  # mostly none, and then nothing has to be hashed
-        if record["conditions"] == conditions(device_kind):
-            choices = record["choices"].get(kernel, {}).get(dtype)
-            if choices is not None:
-                return Accepted(choices, f"accepted by moejax verify-kernels in {path()}")
+    choices = by_user(device_kind).get(kernel, {}).get(dtype)
+    if choices is not None:
+        return Accepted(choices, f"accepted by moejax verify-kernels in {path()}")
     if shipped := SHIPPED.get(kernel, {}).get(device_kind):
         return Accepted(dict.fromkeys(products, shipped), "measured in docs/benchmarks.md")
     return None
+
+
+def by_user(device_kind: str) -> Mapping[str, Any]:
+    """`{kernel: {dtype: {product: implementation}}}` as the user accepted it for what runs here."""
+    for record in _records(path()):  # mostly none, and then nothing has to be hashed
+        if record["conditions"] == conditions(device_kind):
+            return record["choices"]
+    return {}
 
 
 def is_stale(device_kind: str) -> bool:

@@ -29,7 +29,8 @@ def softmax_attention(
 
     Q = H / Hkv queries share a key. `sinks` are logits of one more key per head, of value 0.
     Softmax and its sums are in at least float32. There are gradients of the first order, by
-    everything but `allowed`.
+    everything but `allowed`. Keys and values must be finite, those that no query may see too:
+    `Block` selects padding to zero.
     """
     if sinks is not None:
         sinks = sinks.astype(at_least_f32(q.dtype)).reshape(k.shape[1], -1, 1, 1)

@@ -15,7 +15,7 @@ from jax import Array, lax
 from jaxtyping import ArrayLike, Bool, Int
 
 from moejax.kernels import compat
-from moejax.kernels.least_loaded import least_loaded_plan
+from moejax.kernels.least_loaded import checked_loads, least_loaded_plan
 
 
 def native(
@@ -23,7 +23,7 @@ def native(
 ) -> Int[Array, "E P"]:
     """Every row on the owner of its expert: plain expert parallelism. The capacity is not used."""
     del capacity
-    loads = _checked("native", loads, num_devices)
+    loads = checked_loads("native", loads, num_devices)
     return jnp.where(is_owner(loads.shape[0], num_devices), loads[:, None], 0)
 
 
@@ -64,7 +64,7 @@ def one_owner(
     Raises:
       ValueError: E is not a multiple of `num_devices`, or `loads` is no vector of integers.
     """
-    loads = _checked("one_owner", loads, num_devices)
+    loads = checked_loads("one_owner", loads, num_devices)
     loads, capacity = compat.vary_alike((loads, jnp.asarray(capacity, jnp.int32)))
     by_owner = loads.reshape(num_devices, -1)
     quotas = _quotas(by_owner.sum(1, dtype=jnp.int32) - capacity)
@@ -165,17 +165,3 @@ def _hand_out(by_owner: Array, quotas: Array) -> Array:
     shape = (num_devices, per_device, num_devices)
     start = by_owner, quotas, compat.zeros(shape, jnp.int32, like=by_owner)
     return lax.while_loop(lambda s: (s[1] > 0).any(), hand_out_one, start)[2]
-
-
-def _checked(planner: str, loads: ArrayLike, num_devices: int) -> Array:
-    loads = jnp.asarray(loads)
-    if loads.ndim != 1 or not jnp.issubdtype(loads.dtype, jnp.integer):
-        raise ValueError(
-            f"{planner} needs loads as a vector of integers; got {loads.dtype}{list(loads.shape)}"
-        )
-    if num_devices < 1 or loads.shape[0] % num_devices:
-        raise ValueError(
-            f"{planner} got {loads.shape[0]} experts for {num_devices} devices; the number of "
-            "experts must be a multiple of the number of devices"
-        )
-    return loads.astype(jnp.int32)

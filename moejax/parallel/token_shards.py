@@ -76,7 +76,8 @@ def _with_sums(body: Body, x: Array, experts: Array, gate: Array, weights: Any):
 
 def _vary_alike(rows: Any, weights: Any) -> tuple[Any, Any]:
     """Marks all as varying alike, so that gradients are summed here, once, in at least float32."""
-    widest = lambda v: v.astype(at_least_f32(v.dtype))
+    is_float = lambda v: jnp.issubdtype(v.dtype, jnp.floating)
+    widest = lambda v: v.astype(at_least_f32(v.dtype)) if is_float(v) else v
     varying = compat.vary_alike(jax.tree.map(widest, (rows, weights)))
     return jax.tree.map(lambda wide, v: wide.astype(v.dtype), varying, (rows, weights))
 

@@ -29,7 +29,7 @@ from moejax.parallel.planned_rows import (
     not_computed,
     there_and_back,
 )
-from moejax.parallel.rebalance import rebalance, split_by_source
+from moejax.parallel.rebalance import ALPHA, SKIP_BELOW, rebalance, split_by_source
 from moejax.parallel.rounds import in_rounds
 from moejax.parallel.token_shards import (
     counts_of_all,
@@ -47,17 +47,17 @@ class LeastLoaded:
     Attributes:
       alpha: rows that a plan allows a device, over the mean.
       skip_below: while no device has more than this times the mean, experts stay where they are.
-      min_chunk: rows that are worth moving an expert's weights for: bytes per weight times FLOP/s
-        over twice the bytes/s of a link (about 1,100 for bfloat16 on an H100 with NVLink),
-        whatever the size of the expert.
+      min_chunk: rows that are worth moving an expert's weights for, whatever the size of the
+        expert: `parallel.rebalance.min_chunk_from` of measured FLOP/s and bytes/s (1,100 for
+        bfloat16 at the paper's 495 TFLOP/s and 450 GB/s on H200s).
       num_slots: foreign experts that a device can hold at a time, at most its own number.
       room: rows that a device can hold at a time, over the mean; None for what the plans need. With
         less, or where the slots do not suffice, rows are computed in several rounds.
       exchange: a backend of `parallel.exchange`; None picks by platform.
     """
 
-    alpha: float = 1.05
-    skip_below: float = 1.3
+    alpha: float = ALPHA
+    skip_below: float = SKIP_BELOW
     min_chunk: int = 1024
     num_slots: int = 4
     room: float | None = None
@@ -92,7 +92,7 @@ class LeastLoaded:
         # Enough for a plan of one owner per helper, whatever the loads; see `rebalance`.
         enough = max(self.alpha, self.skip_below)
         room = min(enough if self.room is None else self.room, num_devices)
-        num_rows = _whole_tiles(math.ceil(room * experts.size))
+        num_rows = _whole_tiles(max(math.ceil(room * experts.size), 1))
         by_expert = sort_slots(experts, num_experts)
         counts = counts_of_all(by_expert.group_sizes)  # [P, E]
         plan = rebalance(

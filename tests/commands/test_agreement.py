@@ -6,6 +6,7 @@ import pytest
 from moejax.commands import agreement
 from moejax.config.load import load_config
 from moejax.config.overrides import apply_overrides
+from moejax.kernels import accepted
 from moejax.train import processes
 
 
@@ -40,6 +41,18 @@ def test_config_arguments_versions_and_code_are_compared(compared, tmp_path):
     assert {"the file moejax/train/step.py", "the file moejax/errors.py"} <= paths
     assert f"the file {tmp_path / 'mine.py'}" in paths
     assert len(paths) == len(compared)  # each path once, or a difference would be overwritten
+
+
+def test_accepted_kernels_are_compared(compared, monkeypatch, tmp_path):
+    """Or processes would compile different programs, and wait for each other in the wrong place."""
+    config = load_config("configs/tiny.py:smoke")
+    agreement.check_same_run(config)
+    assert "the kernels accepted = none" in compared
+    compared.clear()
+    monkeypatch.setenv("MOEJAX_KERNELS", str(tmp_path / "kernels.json"))
+    accepted.store("cpu", {"grouped_matmul": {"float32": {"forward": "xla"}}}, {})
+    agreement.check_same_run(config)
+    assert 'the kernels accepted for grouped_matmul in float32 = {"forward": "xla"}' in compared
 
 
 def test_alone_nothing_is_compared(monkeypatch, tmp_path):

@@ -15,7 +15,7 @@ from jaxtyping import ArrayLike, Int
 
 from moejax.kernels import compat, dispatch
 
-__all__ = ["IMPLEMENTATIONS", "PRODUCTS", "least_loaded_plan"]
+__all__ = ["IMPLEMENTATIONS", "PRODUCTS", "checked_loads", "least_loaded_plan"]
 
 IMPLEMENTATIONS = ("jnp", "pallas")
 PRODUCTS = ("plan",)
@@ -59,7 +59,7 @@ def least_loaded_plan(
       ValueError: E is not a multiple of `num_devices`, or `loads` is no vector of integers.
       UserError: an unknown implementation, or one that cannot serve this call.
     """
-    loads = _checked(loads, num_devices)
+    loads = checked_loads("least_loaded_plan", loads, num_devices)
     (name,) = dispatch.choose(
         "least_loaded",
         implementation,
@@ -90,16 +90,16 @@ def obstacle(name: str) -> str | None:
     return module(name).obstacle()
 
 
-def _checked(loads: ArrayLike, num_devices: int) -> Array:
+def checked_loads(caller: str, loads: ArrayLike, num_devices: int) -> Int[Array, " E"]:
+    """`loads` as int32. Raises ValueError, in the name of `caller`, for what no plan can be of."""
     loads = jax.numpy.asarray(loads)
     if loads.ndim != 1 or not jax.numpy.issubdtype(loads.dtype, jax.numpy.integer):
         raise ValueError(
-            "least_loaded_plan needs loads as a vector of integers; "
-            f"got {loads.dtype}{list(loads.shape)}"
+            f"{caller} needs loads as a vector of integers; got {loads.dtype}{list(loads.shape)}"
         )
     if num_devices < 1 or loads.shape[0] % num_devices:
         raise ValueError(
-            f"least_loaded_plan got {loads.shape[0]} experts for {num_devices} devices; the number "
-            "of experts must be a multiple of the number of devices"
+            f"{caller} got {loads.shape[0]} experts for {num_devices} devices; the number of "
+            "experts must be a multiple of the number of devices"
         )
     return loads.astype(jax.numpy.int32)
