@@ -1,4 +1,4 @@
-"""A start-up check that the exchange delivers every row on this mesh, forwards and backwards.
+"""A start-up check that rows and weights arrive on this mesh as sent, forwards and backwards.
 
 Some drivers, flags and compilers lose or overwrite rows without an error, and a run that starts
 there trains on wrong tokens.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +20,14 @@ from jaxtyping import Int
 from moejax.errors import UserError
 from moejax.kernels import compat
 from moejax.parallel.exchange import chosen_backend, exchange
+from moejax.parallel.fetch import with_foreign
 
 _REMEDIES = ("two_hop", "gather")  # the cheaper first
 _DTYPES = ("float32", "bfloat16")
 _COLUMNS = 128  # a row is as wide as a TPU's vector
 _SPARE = 3  # rows behind the last one
 _NOTHING = -1
+_OWNED = 2  # experts per device, in the check of weights
 
 
 def check_exchange(mesh: Mesh, *, axis: str = "expert", backend: str | None = None) -> None:
@@ -32,8 +35,9 @@ def check_exchange(mesh: Mesh, *, axis: str = "expert", backend: str | None = No
 
     Some pairs of devices exchange nothing, some in one direction only, one a lot; rows name their
     device and place, in float32 and bfloat16, and NaN lies behind them. What must arrive is known
-    beforehand, so that `gather` is checked like the other backends. Devices that differ in other
-    axes only do the same. In a run of several processes all of them must call this.
+    beforehand, so that `gather` is checked like the other backends. Then the same for weights that
+    several devices fetch from one, and for the gradients that they return. Devices that differ in
+    other axes only do the same. In a run of several processes all of them must call this.
 
     Args:
       mesh: the mesh of the run.
@@ -100,6 +104,7 @@ def _trial(mesh: Mesh, axis: str, backend: str) -> Callable[[], dict[str, Array]
             "forwards": (arrived, _expected(own(to_targets))),
             "backwards": (returned, _expected(own(to_sources))),
         }
+        directions |= _weights_and_gradients(me, mesh.shape[axis], axis, backend)
         wrong = {
             f"{direction} in {dtype}": _num_different(got[dtype], want[dtype])
             for direction, (got, want) in directions.items()
@@ -108,6 +113,40 @@ def _trial(mesh: Mesh, axis: str, backend: str) -> Callable[[], dict[str, Array]
         return lax.psum(wrong, mesh.axis_names)
 
     return jax.jit(jax.shard_map(compare, mesh=mesh, in_specs=(), out_specs=PartitionSpec()))
+
+
+def _weights_and_gradients(me: Array, num_devices: int, axis: str, backend: str) -> dict[str, Any]:
+    """{what: (what arrived, what must)} of weights in slots and of gradients at their owners."""
+    slots = wanted(num_devices)
+    gradients = 1 + (np.arange(slots.size).reshape(slots.shape) % 128)  # exact in bfloat16
+    totals = np.zeros((num_devices * _OWNED + 1,))
+    np.add.at(totals, slots, gradients)
+    here = jnp.asarray(slots)[me]
+    wide = lambda column: jnp.broadcast_to(column[:, None], (len(column), _COLUMNS))
+    fetched, returned = {}, {}
+    for dtype in _DTYPES:
+        fetch = lambda w, dtype=dtype: with_foreign(
+            w, jnp.asarray(slots), jnp.asarray(True), dtype, axis, backend
+        )
+        (own, fetched[dtype]), vjp = jax.vjp(fetch, _names(me, jnp.arange(_OWNED)))
+        gradient = wide(jnp.asarray(gradients, dtype)[me])
+        (returned[dtype],) = vjp((jnp.zeros_like(own), gradient))
+    names = _names(here // _OWNED, here % _OWNED)
+    must = jnp.where((here < num_devices * _OWNED)[:, None], names, 0)
+    total = wide(jnp.asarray(totals[:-1].reshape(-1, _OWNED), jnp.float32)[me])
+    return {
+        "of weights": (fetched, _in_all_dtypes(must)),
+        "of weights' gradients": (returned, dict.fromkeys(_DTYPES, total)),
+    }
+
+
+def wanted(num_devices: int) -> Int[np.ndarray, "P 2"]:
+    """Foreign experts in two slots of each device, which owns two: some wanted by many or none."""
+    device = np.arange(num_devices)
+    nothing = num_devices * _OWNED
+    first = np.where(device == 0, nothing, 0)  # all want that of the first device
+    second = np.where(device % 2 == 0, (device + 1) % num_devices * _OWNED + 1, nothing)
+    return np.stack([first, second], axis=1).astype(np.int32)
 
 
 def pattern(num_devices: int) -> Int[np.ndarray, "P P"]:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -137,6 +138,25 @@ def test_the_remedy_is_the_cheapest_that_passes(monkeypatch):
     plant(monkeypatch, "gather", one_bad_device)
     with pytest.raises(UserError, match="'ragged' delivers .* no other backend passed"):
         check_exchange(MESH)
+
+
+def test_weights_that_several_devices_want_are_checked(monkeypatch):
+    """A driver that takes ranges to lie one behind another serves rows, but not copies of one."""
+    emulate_ragged(monkeypatch)
+    right = lax.ragged_all_to_all
+
+    def packed(operand, output, starts, sizes, *rest, **options):
+        starts = jnp.minimum(jnp.cumsum(sizes) - sizes, operand.shape[0] - sizes)
+        return right(operand, output, starts, sizes, *rest, **options)
+
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", packed)
+    with pytest.raises(UserError, match="'ragged' delivers") as caught:
+        check_exchange(MESH)
+    message = str(caught.value)
+    assert "wrong rows of weights in float32" in message
+    assert "gradients" not in message
+    assert not {"forwards", "backwards"} & set(message.split())
+    assert "set transport.exchange='two_hop', which passed" in message
 
 
 def test_a_backend_that_cannot_run_is_named(monkeypatch):
