@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         action="append",
-        choices=("bfloat16", "float32", "int32"),
+        choices=("bfloat16", "float32", "float16", "int32"),
         help="of the operands, int32 for plans; may be given several times (default: all)",
     )
 

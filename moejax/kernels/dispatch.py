@@ -38,6 +38,7 @@ def choose(
     dtype: str,
     obstacle: Callable[[str], str | None],
     portable: Portable,
+    acceptable: Collection[str] | None = None,
     caller: str | None = None,
 ) -> tuple[str, ...]:
     """The implementation of each product: `named` for all, or the best that has passed its tests.
@@ -54,6 +55,7 @@ def choose(
       dtype: of the operands.
       obstacle: says why an implementation cannot serve this call, or None.
       portable: one of `available` that always can.
+      acceptable: those that `verify-kernels` may accept for such operands here; None for all.
       caller: the public function's name, for messages; by default the kernel's.
 
     Raises:
@@ -61,7 +63,12 @@ def choose(
     """
     caller = caller or kernel
     if named is None:
-        return _choose(kernel, available, products, dtype, obstacle, portable, caller)
+        names = _choose(kernel, available, products, dtype, obstacle, portable)
+        if not _unannounced.get():
+            others = set(available if acceptable is None else acceptable) - {portable.name}
+            serving = any(obstacle(name) is None for name in others)
+            _explain(kernel, products, dtype, names, portable, caller, others_serve=serving)
+        return names
     if named not in available:
         raise UserError(
             f"{caller} has no implementation {named!r}; use one of "
@@ -82,30 +89,32 @@ def unannounced() -> Iterator[None]:
         _unannounced.reset(token)
 
 
-def _choose(kernel, available, products, dtype, obstacle, portable, caller) -> tuple[str, ...]:
-    device_kind = compat.target_device_kind()
+def _choose(kernel, available, products, dtype, obstacle, portable) -> tuple[str, ...]:
     serves = lambda name: name in available and obstacle(name) is None
-    found = accepted.look_up(kernel, dtype, device_kind, products)
+    found = accepted.look_up(kernel, dtype, compat.target_device_kind(), products)
     names = []
     for product in products:
         name = found.choices.get(product, portable.name) if found else portable.name
         # What was accepted may be gone (an optional package) or not fit this call.
         names.append(name if serves(name) else portable.name)
-    chosen = tuple(names)
-    if not _unannounced.get():
-        what = f"{caller} ({dtype}): {_describe(products, chosen)} on {device_kind}"
-        if found:
-            _announce(logging.INFO, f"{what}, {found.source}")
-        elif any(serves(name) for name in available if name != portable.name):
-            known = "other versions" if accepted.is_stale(device_kind) else "no version"
-            _announce(
-                logging.WARNING,
-                f"{what}: {portable.reason}. Faster kernels may exist, but {known} of them were "
-                f"accepted on such a device; run {COMMAND} there",
-            )
-        else:
-            _announce(logging.INFO, f"{what}: no other serves there")
-    return chosen
+    return tuple(names)
+
+
+def _explain(kernel, products, dtype, chosen, portable, caller, *, others_serve: bool) -> None:
+    """Says what was taken and why; warns where `COMMAND` may find something faster."""
+    device_kind = compat.target_device_kind()
+    what = f"{caller} ({dtype}): {_describe(products, chosen)} on {device_kind}"
+    if found := accepted.look_up(kernel, dtype, device_kind, products):
+        _announce(logging.INFO, f"{what}, {found.source}")
+    elif others_serve:
+        known = "other versions" if accepted.is_stale(device_kind) else "no version"
+        _announce(
+            logging.WARNING,
+            f"{what}: {portable.reason}. Faster kernels may exist, but {known} of them were "
+            f"accepted on such a device; run {COMMAND} there",
+        )
+    else:
+        _announce(logging.INFO, f"{what}: no other can be accepted there")
 
 
 def _describe(products: tuple[str, ...], chosen: tuple[str, ...]) -> str:

@@ -9,7 +9,7 @@ from moejax.kernels.expert_mlp import conformance as mlp_kit
 from moejax.kernels.grouped_matmul import conformance as kit
 from moejax.kernels.grouped_matmul import implementations, tile_scan
 from moejax.kernels.least_loaded import conformance as plan_kit
-from moejax.kernels.verification import grouped_matmul
+from moejax.kernels.verification import Result, grouped_matmul
 
 LOADS = np.int32([90, 0, 80, 0])
 PLANS = ["verify-kernels", "--dtype", "int32"]
@@ -152,6 +152,28 @@ def test_a_kernel_that_raises_is_a_failure(monkeypatch):
     result = verification.verify(grouped_matmul, "tile_scan", "float32")
     assert result.failures == ["RuntimeError: no such instruction"] * 2
     assert not result.may_be_chosen
+
+
+def test_a_kernel_that_fails_only_when_timed_is_named_and_never_chosen(capsys, monkeypatch):
+    """The others are timed and accepted all the same."""
+    monkeypatch.setattr(compat, "has_ragged_dot", lambda: True)  # so that xla is timed too
+    right = tile_scan.grad_rhs
+
+    def wrong(lhs, dout, *args, **options):
+        if lhs.shape[0] == grouped_matmul.CPU.rows:
+            raise RuntimeError("out of memory")
+        return right(lhs, dout, *args, **options)
+
+    monkeypatch.setattr(tile_scan, "grad_rhs", wrong)
+    monkeypatch.setattr(verification, "verify", lambda kernel, name, dtype: Result(name, dtype))
+    both = [*ACCEPT_TILE_SCAN, "--implementation", "xla"]
+    assert main(both) == 1
+    out, lines = printed_lines(capsys)
+    assert lines["tile_scan"].split() == ["tile_scan", "1", "FAILED"]  # and no times
+    assert "    grad_rhs of 64 rows, 16 to 32 wide, 4 groups: RuntimeError: out of memory" in out
+    assert lines["fastest"].split()[1:] == ["xla"] * 4
+    found = accepted.look_up("grouped_matmul", "float32", "cpu", ())
+    assert set(found.choices.values()) == {"xla"}
 
 
 def test_unknown_implementation(capsys):

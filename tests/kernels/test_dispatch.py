@@ -28,6 +28,7 @@ def choose(named=None, *, obstacle=lambda name: None, dtype="bfloat16", **option
 def device(monkeypatch, tmp_path):
     """Sets platform and kind of device; the user has accepted nothing."""
     monkeypatch.setenv("MOEJAX_KERNELS", str(tmp_path / "kernels.json"))
+    monkeypatch.setattr(compat, "GPU_KERNELS_SINCE", (0,))  # what this JAX lacks is another matter
     dispatch._announce.cache_clear()
 
     def use(platform, kind):
@@ -75,7 +76,40 @@ def test_there_is_nothing_to_warn_of_where_no_other_could_serve(device, caplog):
         assert choose(obstacle=lambda name: None if name == "plain" else "no") == ("plain",) * 2
     (record,) = caplog.records
     assert record.levelno == logging.INFO
-    assert "'plain' on H100: no other serves there" in record.message
+    assert "'plain' on H100: no other can be accepted there" in record.message
+
+
+def test_there_is_nothing_to_warn_of_where_those_that_serve_cannot_be_accepted(device, caplog):
+    device("gpu", "H100")
+    refuse = lambda name: "no" if name == "faster" else None
+    with caplog.at_level(logging.INFO):
+        for acceptable in ((), ("plain",), ("plain", "faster")):
+            dispatch._announce.cache_clear()
+            choose(acceptable=acceptable, obstacle=refuse)
+        choose(acceptable=("plain", "fast"), obstacle=refuse)
+    levels = [record.levelno for record in caplog.records]
+    assert levels == [logging.INFO] * 3 + [logging.WARNING]
+
+
+@pytest.mark.parametrize(
+    "platform, kind, dtype, level",
+    [
+        ("gpu", "H100", "float64", logging.INFO),  # no kit has tolerances for it
+        ("gpu", "A100", "float16", logging.INFO),  # only the dense one serves besides
+        ("gpu", "H100", "float16", logging.WARNING),
+        ("tpu", "TPU v5", "float64", logging.INFO),
+        ("tpu", "TPU v5", "float16", logging.WARNING),  # tile_scan, where XLA's is not dense
+    ],
+)
+def test_grouped_matmul_warns_only_where_something_may_be_accepted(
+    device, caplog, platform, kind, dtype, level
+):
+    device(platform, kind)
+    with caplog.at_level(logging.INFO), jax.enable_x64(True):
+        implementations.choose("caller", None, dtype)
+    (record,) = caplog.records
+    assert record.levelno == level
+    assert ("verify-kernels" in record.message) == (level == logging.WARNING)
 
 
 def test_takes_what_the_user_accepted_for_each_product(device, caplog):

@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -63,13 +64,29 @@ def losses(workdir):
     }
 
 
+def choices_of_owners(workdir, num_owners):
+    """The shares of the choices that go to each owner's experts, [steps, layers, owners]."""
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    values = [line["values"] for line in lines if line["kind"] == "train"]
+    assert not np.any([v["router/dropped"] for v in values])
+    load = np.asarray([v["router/load"] for v in values])
+    return load.reshape(*load.shape[:2], num_owners, -1).sum(-1)
+
+
+LEAST_LOADED = (
+    *("model.block.ffn.num_experts=8", "mesh.data=1", "mesh.fsdp=2", "mesh.expert=4"),
+    "model.block.ffn.transport=moejax.transport.least_loaded:LeastLoaded",
+    *("model.block.ffn.transport.min_chunk=1", "model.block.ffn.transport.skip_below=1.0"),
+)
+
+
 @pytest.mark.long
 def test_two_processes_train_as_one_and_one_resumes_them(start, tmp_path):
-    """20 steps in two processes, four more and the evaluation in one; against 24 in one."""
-    overrides = (
-        *("mesh.expert=2", "mesh.fsdp=2", "mesh.data=2", "batch_size=8", "prompts=()"),
-        *("steps=24", "log_every=1"),
-    )
+    """20 steps in two processes, four more and the evaluation in one; against 24 in one.
+
+    Experts move, and the processes, which hold the two halves of the axis fsdp, agree on when.
+    """
+    overrides = (*LEAST_LOADED, "batch_size=8", "prompts=()", "steps=24", "log_every=1")
     train = (*MOEJAX, "train", SMOKE, *overrides)
     two, one = tmp_path / "two", tmp_path / "one"
     together = start(*train, f"workdir={two}", "--until", 20, across=2)
@@ -87,6 +104,7 @@ def test_two_processes_train_as_one_and_one_resumes_them(start, tmp_path):
     out, _ = ended(start(*MOEJAX, "evaluate", one, across=2))
     (line,) = (line for line in out.splitlines() if line.split()[0] == "loss")
     assert float(line.split()[1]) == pytest.approx(expected[24, "eval/loss"], abs=2e-5)
+    assert choices_of_owners(two, 4).max() > 1.3 / 4
 
 
 # What every device gets of the first batches and of the last, as one line per device and step.
@@ -129,9 +147,10 @@ def test_the_token_stream_is_the_same_bit_for_bit(start, tmp_path):
 def test_verify_passes_across_processes(start):
     """Every process computes the oracle by itself; the mesh spans both."""
     small = ("model.num_layers=1", "model.dtype=float64", "model.param_dtype=float64")
-    only = ("--only", "data=2 fsdp=2 expert=2")
+    small += ("model.block.ffn.num_experts=8",)  # one on each device, four in each process
+    only = ("--only", "data=2 fsdp=2 expert=2", "--only", "least_loaded on expert=8")
     out, _ = ended(start(*MOEJAX, "verify", SMOKE, *small, *only, across=2))
-    assert "all 1 comparisons agree" in out
+    assert "all 2 comparisons agree" in out
 
 
 def test_a_config_that_differs_is_an_error_that_names_the_path(start, tmp_path):

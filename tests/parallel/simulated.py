@@ -29,7 +29,10 @@ def ragged_all_to_all(
     """As JAX documents it. All -1 where devices contradict each other or leave their arrays."""
     me = jax.lax.axis_index(axis_name)
     gather = functools.partial(jax.lax.all_gather, axis_name=axis_name)
-    starts, sizes, targets = (gather(v)[:, me] for v in (input_offsets, send_sizes, output_offsets))
+    # One after the other: XLA's CPU client has mixed up gathers of one device that ran at once.
+    known = gather(jnp.stack([input_offsets, send_sizes, output_offsets]))
+    starts, sizes, targets = jnp.moveaxis(known, 1, 0)[:, :, me]
+    operand, known = jax.lax.optimization_barrier((operand, known))
     row = jnp.arange(output.shape[0])
     for source, rows in enumerate(gather(operand)):
         start, size, target = starts[source], sizes[source], targets[source]

@@ -1,16 +1,22 @@
 """`tools/bench_planners.py`: its own planners are right, and the command measures and reports."""
 
+import functools
 import importlib
 import json
+import math
 import pathlib
 import re
 import sys
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moejax.parallel import planners
+from moejax.parallel.rebalance import rebalance
+from moejax.transport.least_loaded import LeastLoaded
 from tests.parallel.random_loads import random_loads
 
 TOOLS = pathlib.Path(__file__).resolve().parents[2] / "tools"
@@ -68,8 +74,40 @@ def test_the_papers_scenarios_have_the_papers_imbalance(tools):
         "95% into 16": 7.60,
         "95% into 1": 7.65,
     }.items():
-        load = found[name].loads[0, 0].reshape(8, -1).sum(1)
-        assert load.max() / load.mean() == pytest.approx(want, rel=0.01)
+        rows = np.asarray(planners.native(found[name].loads[0, 0], 8)).sum(0)
+        assert rows.max() / rows.mean() == pytest.approx(want, rel=0.01)
+
+
+@pytest.mark.parametrize("model", ["gpt-oss-120b", "DeepSeek-V3", "Kimi-K2"])
+def test_rebalancing_evens_out_the_papers_scenarios(tools, model):
+    """Largest over mean load: at most alpha (and a row), in one round of the default transport."""
+    num_experts, tokens, choices = tools.workloads.MODELS[model]
+    found = [w for w in tools.workloads.paper_scenarios(1, 0) if w.group == model]
+    loads = np.concatenate([w.loads[0] for w in found]).astype(np.int32)
+    defaults = LeastLoaded()
+    rows = math.ceil(defaults.skip_below * tokens * choices)
+
+    def plan(loads):
+        return rebalance(
+            *(loads, 8),
+            alpha=1.05,
+            skip_below=defaults.skip_below,
+            min_chunk=defaults.min_chunk,
+            num_rows=rows,
+            num_slots=defaults.num_slots,
+        )
+
+    plans = jax.jit(functools.partial(jax.lax.map, plan))(loads)
+    np.testing.assert_array_equal(plans.rows.sum(2), loads)
+    for workload, planned in zip(found, np.asarray(plans.rows), strict=True):
+        most, total = planned.sum(0).max(), planned.sum()
+        assert most <= math.ceil(1.05 * total / 8), workload.name
+        percent, _, hot = workload.name.partition("% into ")
+        if hot:  # before: the hot experts and the first device's share of the others
+            hot, share = int(hot), int(percent) / 100
+            others = (num_experts // 8 - hot) / (num_experts - hot)
+            before = workload.loads[0, 0].reshape(8, -1).sum(1).max() / (total / 8)
+            assert before == pytest.approx(8 * (share + (1 - share) * others), rel=0.01)
 
 
 def test_beliefs_know_only_what_was_before(tools):

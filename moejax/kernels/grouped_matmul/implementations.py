@@ -21,6 +21,7 @@ from moejax.kernels.grouped_matmul.groups import LocalGroups
 from moejax.types import at_least_f32
 
 IMPLEMENTATIONS = ("tile_scan", "xla", "tpu", "hopper", "tokamax")
+DTYPES = ("bfloat16", "float32", "float16")  # for which the conformance kit has tolerances
 
 
 class Choice(NamedTuple):
@@ -49,6 +50,7 @@ def choose(caller: str, named: str | None, dtype: Any) -> Choice:
         dtype=jnp.dtype(dtype).name,
         obstacle=functools.partial(obstacle, dtype=dtype),
         portable=_portable(),
+        acceptable=acceptable(dtype),
         caller=caller,
     )
     return Choice(*chosen)
@@ -74,6 +76,13 @@ def module(name: str) -> ModuleType:
 def obstacle(name: str, dtype: Any) -> str | None:
     """Why the implementation cannot serve operands of `dtype` here, or None."""
     return module(name).obstacle(dtype)
+
+
+def acceptable(dtype: Any) -> tuple[str, ...]:
+    """What `moejax verify-kernels --accept` may choose from here, for operands of `dtype`."""
+    if jnp.dtype(dtype).name not in DTYPES:
+        return ()
+    return tuple(name for name in IMPLEMENTATIONS if not is_dense(name))
 
 
 def is_dense(name: str) -> bool:

@@ -14,9 +14,11 @@ Adding one is a file and its name in `KERNELS`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import ModuleType
 
 import jax
@@ -59,27 +61,31 @@ def verify(kernel: ModuleType, name: str, dtype: str) -> Result:
     if result.obstacle is None:
         for check in kernel.checks(name, dtype):
             result.num_checks += 1
-            try:
+            with _exceptions_as_failures(result):  # a kernel that does not compile here, say
                 result.failures += map(str, check())
-            except Exception as error:  # a kernel that does not compile here, say
-                what = str(error).partition("\n")[0][:200]
-                result.failures.append(f"{type(error).__name__}: {what}")
     return result
 
 
 def time_products(kernel: ModuleType, results: Iterable[Result]) -> None:
-    """Fills in `seconds` of those that may be chosen, all of one dtype, in alternation."""
-    candidates = [result for result in results if result.may_be_chosen]
-    for workload in kernel.workloads():
-        for product in kernel.PRODUCTS:
-            calls = {
-                r.implementation: kernel.call(r.implementation, product, r.dtype, workload)
-                for r in candidates
-            }
-            medians = _medians(calls, kernel.ROUNDS)
-            for r in candidates:
-                so_far = r.seconds.get(product, 0.0)
-                r.seconds[product] = so_far + medians[r.implementation]
+    """Fills in `seconds` of those that may be chosen, all of one dtype, in alternation.
+
+    What is timed is larger than what is checked: an exception is a failure here too.
+    """
+    results = list(results)
+    for workload, product in itertools.product(kernel.workloads(), kernel.PRODUCTS):
+        calls: dict[str, Callable] = {}
+        candidates = {r.implementation: r for r in results if r.may_be_chosen}
+        for name, result in candidates.items():
+            with _exceptions_as_failures(result, f"{product} of {kernel.sizes()}: "):
+                call = kernel.call(name, product, result.dtype, workload)
+                jax.block_until_ready(call())
+                calls[name] = call
+        for name, median in _medians(calls, kernel.ROUNDS).items():
+            seconds = candidates[name].seconds
+            seconds[product] = seconds.get(product, 0.0) + median
+    for result in results:
+        if result.failures:
+            result.seconds.clear()
 
 
 def fastest(results: Iterable[Result]) -> dict[str, str]:
@@ -91,10 +97,17 @@ def fastest(results: Iterable[Result]) -> dict[str, str]:
     }
 
 
+@contextlib.contextmanager
+def _exceptions_as_failures(result: Result, doing: str = "") -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        what = str(error).partition("\n")[0][:200]
+        result.failures.append(f"{doing}{type(error).__name__}: {what}")
+
+
 def _medians(calls: Mapping[str, Callable], rounds: int) -> dict[str, float]:
-    """Median seconds of each call; they alternate, so that a slow moment hits all."""
-    for call in calls.values():
-        jax.block_until_ready(call())
+    """Median seconds of each call, all compiled; they alternate, so a slow moment hits all."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():

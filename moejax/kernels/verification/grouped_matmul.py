@@ -17,12 +17,16 @@ from moejax.kernels.expert_mlp import conformance as mlp_kit
 from moejax.kernels.grouped_matmul import conformance as kit
 from moejax.kernels.grouped_matmul import implementations
 from moejax.kernels.grouped_matmul.groups import LocalGroups
-from moejax.kernels.grouped_matmul.implementations import IMPLEMENTATIONS, is_dense, obstacle
+from moejax.kernels.grouped_matmul.implementations import (
+    DTYPES,
+    IMPLEMENTATIONS,
+    is_dense,
+    obstacle,
+)
 
 __all__ = ["DTYPES", "IMPLEMENTATIONS", "NAME", "PRODUCTS", "ROUNDS", "is_dense", "obstacle"]
 
 NAME = "grouped_matmul"
-DTYPES = ("bfloat16", "float32")
 PRODUCTS = implementations.Choice._fields
 ROUNDS = 10
 
