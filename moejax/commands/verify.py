@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--only",
         action="append",
         metavar="TEXT",
-        help="only variants whose name contains TEXT, such as 'expert=8' or 'remat'; repeatable",
+        help="only variants whose name contains TEXT, such as 'expert=8' or 'remat'; repeatable. "
+        "Many devices have many meshes (8 have 35, 64 have 210), and all are compared without it",
     )
 
 
@@ -64,28 +65,45 @@ def run(args: argparse.Namespace) -> int:
 def _verify_module(symbol: str) -> int:
     """The contract of one method's family, check by check."""
     import inspect
-    import sys
 
     from moejax.config import symbols
     from moejax.verification.contracts import broken_promises, family_of
 
-    cls = symbols.find(symbol)
-    example = getattr(sys.modules.get(getattr(cls, "__module__", ""), None), "example", None)
-    method = cls
-    if inspect.isclass(cls):
-        given = example() if example is not None else ()
-        given = given if isinstance(given, tuple) else (given,)
-        method = next((m for m in given if type(m) is cls), None) or cls()
+    found = symbols.find(symbol)
+    method = _instance(found, symbol) if inspect.isclass(found) else found
     print(f"{symbol} among {family_of(method)}")
-    found = list(broken_promises(method))
-    for promise, how in found:
+    promises = list(broken_promises(method))
+    for promise, how in promises:
         print(f"  {'ok     ' if how is None else 'BROKEN '} {promise}")
-    broken = [(promise, how) for promise, how in found if how is not None]
+    broken = [(promise, how) for promise, how in promises if how is not None]
     if broken:
         print(f"FAILED: {broken[0][0]}: {broken[0][1]}")
         return 1
-    print(f"all {len(found)} promises are kept")
+    print(f"all {len(promises)} promises are kept")
     return 0
+
+
+def _instance(cls: type, symbol: str) -> object:
+    """What `example()` beside the class makes of it, or else the class with its defaults.
+
+    Raises UserError where there is neither.
+    """
+    import inspect
+    import sys
+
+    example = getattr(sys.modules.get(cls.__module__), "example", None)
+    given = example() if example is not None else ()
+    for method in given if isinstance(given, tuple) else (given,):
+        if type(method) is cls:
+            return method
+    try:
+        inspect.signature(cls).bind()
+    except TypeError as error:
+        raise UserError(
+            f"{symbol} cannot be built by its defaults ({error}): give its file a function "
+            f"example() that returns {cls.__name__}(...) with small sizes"
+        ) from error
+    return cls()
 
 
 def _show_nothing(*unused: object, **unused_options: object) -> None:
@@ -137,7 +155,9 @@ def _line(checked) -> str:
     if checked.refused is not None:
         return f"{checked.name:42} {checked.dtype:9} {'-':>13}  not possible: {checked.refused}"
     verdict = "WRONG " if checked.wrong else ""
-    flips = f"; {checked.flipped:.2%} of choices replayed" if checked.flipped else ""
+    flips = ""
+    if checked.flipped:
+        flips = f"; {checked.flipped:.2%} of choices replayed, margin {checked.margin:.1e}"
     return (
         f"{checked.name:42} {checked.dtype:9} {checked.worst.error:13.1e}  "
         f"{verdict}{_named(checked.worst)}{flips}"

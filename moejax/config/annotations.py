@@ -192,14 +192,19 @@ def missing_members(cls: type, protocol: type) -> list[str]:
 
 
 def is_dtype_name(value: Any) -> bool:
-    """Whether `value` names a numpy or JAX dtype, such as "bfloat16"."""
+    """Whether `value` names a numpy or JAX dtype: "bfloat16", `float`, `np.int8`, `jnp.float32`.
+
+    Any other class does not, though numpy takes one with an attribute `dtype` for it.
+    """
     import jax.numpy as jnp
 
+    if isinstance(value, type) and value not in (bool, int, float, complex):
+        return issubclass(value, np.generic) or type(value) is type(jnp.float32)
     try:
         jnp.dtype(value)
-    except TypeError:
+    except (TypeError, ValueError):
         return False
-    return not (isinstance(value, type) and jnp.dtype(value) == np.dtype(object))
+    return True
 
 
 def describe(annotation: Any) -> str:

@@ -9,6 +9,10 @@ import numpy as np
 
 from moejax.verification.outcome import Outcome
 
+# An expert's gradient is a sum over few tokens and has digits however small it is. Other gradients
+# may be zero but for rounding, like that of a key's bias, and need a higher floor in bfloat16.
+EXPERT_FLOOR = 1e-3
+
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
@@ -33,6 +37,7 @@ def compare(
         are compared along it, because an error in one expert is lost in the largest of all.
       floor: errors are relative to at least this share of the largest entry of all tensors of the
         group (all gradients, say): a gradient that is zero but for rounding has no digits to agree.
+        Of experts to at least `EXPERT_FLOOR`, where that is lower.
     """
     if missing := oracle.keys() ^ found.keys():
         return [Difference(name, np.inf, None) for name in sorted(missing)]
@@ -40,20 +45,22 @@ def compare(
     for name, value in oracle.items():
         largest = float(np.abs(value).max(initial=0))
         groups[_group(name)] = max(groups.get(_group(name), 0.0), largest)
-    return [
-        _difference(name, found[name], oracle[name], expert_axes, floor * groups[_group(name)])
-        for name in oracle
-    ]
+    differences = []
+    for name in oracle:
+        axis = expert_axes.get(name.partition(" ")[2])
+        share = floor if axis is None else min(floor, EXPERT_FLOOR)
+        least = share * groups[_group(name)]
+        differences.append(_difference(name, found[name], oracle[name], axis, least))
+    return differences
 
 
 def _group(name: str) -> str:
     return name.partition(" ")[0]
 
 
-def _difference(name: str, found, oracle, expert_axes, least: float) -> Difference:
+def _difference(name: str, found, oracle, axis: int | None, least: float) -> Difference:
     if found.shape != oracle.shape:
         return Difference(name, np.inf, None)
-    axis = expert_axes.get(name.partition(" ")[2])
     if axis is None:
         rows = (x.reshape(1, -1) for x in (found, oracle))
         return Difference(name, float(_error(*rows, least)[0]), None)

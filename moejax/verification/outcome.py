@@ -19,6 +19,7 @@ from moejax.parallel.mesh import Mesh
 from moejax.train import layout
 from moejax.train.assemble import assemble
 from moejax.types import Batch
+from moejax.verification.flips import RECORDED_PROBS
 
 Outcome = dict[str, np.ndarray]  # by name, in the order in which differences are to be reported
 
@@ -27,25 +28,28 @@ SAME_STATISTICS = ("load", "tokens", "entropy")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Replaying(Transformer):
-    """A model that records its choices, or replays those of another run."""
+class Routed:
+    """What the routers of a step did, by segment.
 
-    selection: Any = None  # {segment: [count, T, K]}
+    Attributes:
+      choices: `{segment: [L, T, K]}`, an id of E for an empty slot.
+      probs: `{segment: [L, T, E]}`, where the transport is a `WithProbs`.
+    """
 
-    def apply(self, *args: Any, **options: Any) -> Output:
-        return super().apply(*args, **options, selection=self.selection, record=True)
+    choices: dict[str, np.ndarray]
+    probs: dict[str, np.ndarray]
 
 
 def outcome(
     experiment: Experiment, model: Transformer, batch: Batch, *, replay: Any = None
-) -> tuple[Outcome, Any]:
-    """(what one step of SGD gives, the choices of every token by segment).
+) -> tuple[Outcome, Routed]:
+    """(what one step of SGD gives, what its routers did); `replay` is the choices of another.
 
     The step is the one that training takes, on the experiment's mesh and from its seed. Under the
     names of the outcome are: the initial parameters, loss, terms, counts, every gradient, the
     global gradient norm, the updated parameters and the router's state.
     """
-    recording = Replaying(**_fields(model), selection=replay)
+    recording = _recording(model, replay)
     mesh = experiment.mesh.build(_devices(experiment.mesh))
     with jax.set_mesh(mesh):
         assembled = assemble(
@@ -59,22 +63,20 @@ def outcome(
         initial = _on_host(state.params)  # before the step takes its buffers
         state, metrics = assembled.train_step(state, layout.global_batch(batch, mesh))
         state, metrics = _on_host(state), jax.device_get(metrics)
-    selection = {
-        name: stats.pop("selection")
-        for name, stats in metrics["stats"].items()
-        if "selection" in stats
-    }
+    stats = metrics["stats"]
+    of = lambda key: {name: own[key] for name, own in stats.items() if key in own}
+    routed = Routed(choices=of("selection"), probs=of(RECORDED_PROBS))
     found = {
         **_named("initial", initial),
         "loss": metrics["loss"],
         **_named("term", metrics["terms"]),
-        **_named("statistics", _comparable(metrics["stats"])),
+        **_named("statistics", _comparable(stats)),
         **_named("gradient", state.opt_state),
         "global_norm of all gradients": metrics["grad_norm"],
         **_named("updated", state.params),
         **_named("router_state", state.router_state),
     }
-    return {name: np.asarray(value) for name, value in found.items()}, selection
+    return {name: np.asarray(value) for name, value in found.items()}, routed
 
 
 def _devices(mesh: Mesh) -> list[jax.Device]:
@@ -83,8 +85,17 @@ def _devices(mesh: Mesh) -> list[jax.Device]:
     return jax.local_devices()[:1] if alone else jax.devices()
 
 
-def _fields(model: Transformer) -> dict[str, Any]:
-    return {f.name: getattr(model, f.name) for f in dataclasses.fields(Transformer)}
+def _recording(model: Transformer, replay: Any) -> Transformer:
+    """The model, of a class derived from its own, that records its choices or replays others'."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Recording(type(model)):
+        def apply(self, *args: Any, **options: Any) -> Output:
+            selection = jax.tree.map(jnp.asarray, replay)
+            return super().apply(*args, **options, selection=selection, record=True)
+
+    fields = (f.name for f in dataclasses.fields(model) if f.init)
+    return Recording(**{name: getattr(model, name) for name in fields})
 
 
 def _recording_sgd(learning_rate: float) -> optax.GradientTransformation:

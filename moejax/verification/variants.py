@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -53,7 +52,10 @@ class Variant:
 
 
 def variants(experiment: Experiment, model: Transformer, num_devices: int) -> Iterator[Variant]:
-    """All variants: meshes, transports, kernels, remat, microbatches, padding, unrolled layers."""
+    """All variants: meshes, transports, kernels, remat, microbatches, padding, unrolled layers.
+
+    What saves memory comes alone, and all of it together where experts are split.
+    """
     alone = dataclasses.replace(experiment, mesh=Mesh(data=1), num_microbatches=1)
     for shape in meshes(num_devices):
         yield Variant(name=_stated(shape), experiment=on_mesh(alone, shape), model=model)
@@ -78,18 +80,33 @@ def variants(experiment: Experiment, model: Transformer, num_devices: int) -> It
     yield Variant(name="padding", experiment=alone, model=model, padding=8)
     microbatches = dataclasses.replace(alone, num_microbatches=2)
     yield Variant(name="2 microbatches", experiment=microbatches, model=model)
+    if model.moe is not None and num_devices > 1:
+        moved = with_ffn(model, transport=TRANSPORTS["least_loaded"])
+        for shape in _expert_meshes(num_devices, model.moe.num_experts):
+            yield Variant(
+                name=f"least_loaded, remat full, 2 microbatches, padding on {_stated(shape)}",
+                experiment=on_mesh(microbatches, shape),
+                model=dataclasses.replace(moved, remat="full"),
+                padding=8,
+            )
 
 
 def meshes(num_devices: int) -> list[dict[str, int]]:
-    """Each axis alone, then every way to give the prime factors to different axes."""
-    found = [{axis: num_devices} for axis in AXES]
-    factors = _prime_factors(num_devices)
-    for axes in itertools.combinations(AXES, min(len(factors), len(AXES))):
-        sizes = dict.fromkeys(axes, 1)
-        for i, factor in enumerate(factors):
-            sizes[axes[i % len(axes)]] *= factor
-        found.append(sizes)
-    return [shape for i, shape in enumerate(found) if shape not in found[:i]]
+    """Every way to give all devices to the axes, without axes of 1: one axis alone first."""
+    ways = _factorisations(num_devices, len(AXES))
+    shapes = [{axis: n for axis, n in zip(AXES, sizes, strict=True) if n > 1} for sizes in ways]
+    return sorted(shapes, key=len)
+
+
+def _factorisations(number: int, count: int) -> Iterator[tuple[int, ...]]:
+    """Every tuple of so many factors with this product, the first falling fastest."""
+    if count == 1:
+        yield (number,)
+        return
+    for first in range(number, 0, -1):
+        if number % first == 0:
+            for others in _factorisations(number // first, count - 1):
+                yield (first, *others)
 
 
 def on_mesh(experiment: Experiment, shape: dict[str, int]) -> Experiment:
@@ -112,16 +129,6 @@ def _expert_meshes(num_devices: int, num_experts: int) -> list[dict[str, int]]:
     if ways > 2 and ways % 2 == 0:
         found.append({"expert": ways // 2, "tensor": 2, "data": num_devices // ways})
     return found
-
-
-def _prime_factors(number: int) -> list[int]:
-    factors, divisor = [], 2
-    while number > 1:
-        while number % divisor == 0:
-            factors.append(divisor)
-            number //= divisor
-        divisor += 1
-    return factors
 
 
 def _stated(shape: dict[str, int]) -> str:

@@ -63,6 +63,29 @@ def test_a_module_of_ones_own_is_checked_against_its_familys_contract(tmp_path, 
     assert "all 2 promises are kept" in capsys.readouterr().out
 
 
+NEEDS_AN_ARGUMENT = """
+from moejax.transport.local import Local
+
+
+class Chunked(Local):
+    def __init__(self, num_chunks):
+        self.num_chunks = num_chunks
+"""
+
+
+def test_a_class_that_cannot_be_built_by_its_defaults_needs_an_example(tmp_path, capsys):
+    path = tmp_path / "chunked.py"
+    path.write_text(NEEDS_AN_ARGUMENT)
+    assert main(["verify", "--module", f"{path}:Chunked"]) == 2
+    printed = capsys.readouterr().err
+    assert "chunked.py:Chunked cannot be built by its defaults" in printed
+    assert "'num_chunks'" in printed
+    assert "example()" in printed
+    path.write_text(NEEDS_AN_ARGUMENT + "\n\ndef example():\n    return Chunked(2)\n")
+    assert main(["verify", "--module", f"{path}:Chunked"]) == 0
+    assert "all 2 promises are kept" in capsys.readouterr().out
+
+
 def test_a_config_or_a_module_is_needed(capsys):
     assert main(["verify"]) == 2
     assert "give a CONFIG or --module" in capsys.readouterr().err

@@ -28,6 +28,23 @@ MESH = (
         caught="gradient layers_0/ffn/experts/down",
     ),
     Mutation(
+        name="experts-of-last-microbatch",
+        story="where experts are split, they learn from the last microbatch alone",
+        file="train/step.py",
+        old="add = lambda total, part: (jax.tree.map(jnp.add, total, one(part)), None)",
+        new="from moejax.optim.paths import map_named\n"
+        "        from moejax.parallel.sharding import split_ways\n"
+        "\n"
+        "        is_lost = lambda path: '/experts/' in path and split_ways('expert') > 1\n"
+        "        kept = lambda total: map_named(lambda p, g: 0 * g if is_lost(p) else g, total)\n"
+        "\n"
+        "        def add(total, part):\n"
+        "            total = (total[0], kept(total[1]), total[2])\n"
+        "            return jax.tree.map(jnp.add, total, one(part)), None\n",
+        variant="least_loaded, remat full, 2 microbatches, padding on expert=4",
+        caught="gradient layers_0/ffn/experts/down",
+    ),
+    Mutation(
         name="norm-without-experts",
         story="the global gradient norm leaves out what expert parallelism splits",
         file="optim/optimizer.py",

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from moejax.verification.compare import compare
+from moejax.verification.verify import FLOORS, TOLERANCES
 
 AXES = {"experts/gate": 1, "head": None}
 
@@ -51,6 +52,25 @@ def test_rounding_of_a_gradient_that_is_zero_is_measured_against_all_gradients()
     zero, noise = ({"gradient key/bias": np.array([v, -v])} for v in (0.0, 1e-15))
     differences = compare(outcome(**noise), outcome(**zero), AXES, floor=1e-6)
     assert max(d.error for d in differences) == pytest.approx(1e-15 / 1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("share", "is_found"), [(0.004, True), (1e-4, True), (1e-9, False)])
+def test_a_small_expert_without_a_gradient_is_found_in_any_dtype(dtype, share, is_found):
+    largest = {"gradient head": np.ones(2)}
+    right = outcome(**largest, **{"gradient experts/gate": np.array([[[1.0, 1.0], [share, 0.0]]])})
+    lost = outcome(**largest, **{"gradient experts/gate": np.array([[[1.0, 1.0], [0.0, 0.0]]])})
+    differences = compare(lost, right, AXES, floor=FLOORS[dtype])
+    wrong = [(d.name, d.expert) for d in differences if d.error > TOLERANCES[dtype]]
+    assert wrong == ([("gradient experts/gate", 1)] if is_found else [])
+
+
+def test_rounding_of_what_is_no_expert_has_the_higher_floor():
+    noise = outcome(**{"gradient key/bias": np.full(2, 2e-4), "gradient head": np.ones(2)})
+    zero = outcome(**{"gradient key/bias": np.zeros(2), "gradient head": np.ones(2)})
+    del noise["gradient experts/gate"], zero["gradient experts/gate"]
+    differences = compare(noise, zero, AXES, floor=FLOORS["bfloat16"])
+    assert max(d.error for d in differences) == pytest.approx(0.02)
 
 
 def test_a_missing_or_reshaped_tensor_is_named():

@@ -40,6 +40,13 @@ class Doubles(Local):
         return 2 * y, counts
 
 
+class WithoutAxes(Local):
+    """A transport that does not take what a layer hands it."""
+
+    def __call__(self, x, routing, weights, compute):
+        return super().__call__(x, routing, weights, compute)
+
+
 class NoMethod:
     """What is called like nothing in moejax."""
 
@@ -90,3 +97,9 @@ def test_a_transport_that_doubles_is_found_out():
     found = broken(Doubles())
     assert len(found) == 2
     assert all("Mismatched elements" in how for how in found.values())
+
+
+def test_a_transport_that_takes_no_axes_is_found_out():
+    found = broken(WithoutAxes())
+    assert len(found) == 2
+    assert all("unexpected keyword argument 'axes'" in how for how in found.values())

@@ -44,7 +44,7 @@ def compute(rows: Any, local_ids: Any, gate: Any, weights: Any) -> Any:
 
 def every_choice_is_computed_where_the_token_is(case: Case) -> None:
     """Each token gets the weighted sum of its experts' results, and `dropped` is 0."""
-    run = quick_jit(lambda *args: case.transport(*args, compute))
+    run = quick_jit(lambda *args: case.transport(*args, compute, axes=None))
     y, counts = run(case.x, case.routing, case.weights)
     expected = np.zeros_like(case.x)
     for t in range(NUM_TOKENS):
@@ -63,7 +63,7 @@ def gradients_are_those_of_the_dense_formula(case: Case) -> None:
         same = Routing(**(vars(case.routing) | {"weights": gate}))
         return jnp.sum(jnp.sin(apply(x, same, weights)))
 
-    through = lambda x, r, w: case.transport(x, r, w, compute)[0]
+    through = lambda x, r, w: case.transport(x, r, w, compute, axes=None)[0]
     direct = lambda x, r, w: compute(x, r.experts, r.weights, w)
     gradients = [
         quick_jit(jax.grad(lambda *a, f=f: loss(f, *a), argnums=(0, 1, 2)))(
