@@ -45,6 +45,7 @@ def conditions(device_kind: str) -> dict[str, str]:
     return {
         "device_kind": device_kind,
         "jax": jax.__version__,
+        "libtpu": _version("libtpu"),
         "tokamax": _version("tokamax"),
         "kernels": sources_hash(),
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import importlib.metadata
 from collections.abc import Iterator
 from typing import Any
 
@@ -165,15 +166,31 @@ def target_device_kind() -> str:
     return kind
 
 
-# Kinds of TPU for which the compiler (libtpu 0.0.42 to 0.0.52, read from what it compiles) turns
-# `lax.ragged_dot` into a grouped kernel. For v5e, v6e and 7x it multiplies every row by every
-# group's matrix and selects afterwards; for others nobody has looked.
-_RAGGED_DOT_KERNELS = ("TPU v5", "TPU v5p")
+# Where the compiler turns all three of `lax.ragged_dot`'s products into grouped kernels, read from
+# what it compiles: for these TPUs, since this libtpu (0.0.42 multiplies every row of the weights'
+# gradient by every group; 0.0.50 and 0.0.52 do not). For v5e, v6e and 7x it expands all of them;
+# for others nobody has looked.
+_RAGGED_DOT_KINDS = ("TPU v5", "TPU v5p")
+_RAGGED_DOT_SINCE = (0, 0, 50)
 
 
 def has_ragged_dot() -> bool:
     """Whether XLA's ragged dot is a grouped kernel here, and not the dense expansion."""
-    return target_platform() == "tpu" and target_device_kind() in _RAGGED_DOT_KERNELS
+    return (
+        target_platform() == "tpu"
+        and target_device_kind() in _RAGGED_DOT_KINDS
+        and _libtpu_version() >= _RAGGED_DOT_SINCE
+    )
+
+
+@functools.cache
+def _libtpu_version() -> tuple[int, ...]:
+    """(0,) where libtpu is no installed package, and so of a version that cannot be told."""
+    try:
+        version = importlib.metadata.version("libtpu")
+    except importlib.metadata.PackageNotFoundError:
+        return (0,)
+    return tuple(int(part) for part in version.split(".")[:3] if part.isdecimal())
 
 
 def _abstract_device() -> Any:

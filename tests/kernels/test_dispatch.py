@@ -31,9 +31,10 @@ def device(monkeypatch, tmp_path):
     monkeypatch.setattr(compat, "GPU_KERNELS_SINCE", (0,))  # what this JAX lacks is another matter
     dispatch._announce.cache_clear()
 
-    def use(platform, kind):
+    def use(platform, kind, libtpu=(0, 0, 50)):
         monkeypatch.setattr(compat, "target_platform", lambda: platform)
         monkeypatch.setattr(compat, "target_device_kind", lambda: kind)
+        monkeypatch.setattr(compat, "_libtpu_version", lambda: libtpu)
 
     yield use
     dispatch._announce.cache_clear()
@@ -59,6 +60,14 @@ def test_grouped_matmul_takes_what_is_never_dense(device, caplog, platform, kind
     assert record.levelno == level
     assert all(word in record.message for word in ("caller (bfloat16)", want, kind))
     assert ("moejax verify-kernels --accept" in record.message) == (level == logging.WARNING)
+
+
+def test_an_old_compiler_for_tpus_expands_one_product(device):
+    device("tpu", "TPU v5", libtpu=(0, 0, 42))
+    assert set(implementations.choose("caller", None, "bfloat16")) == {"tile_scan"}
+    assert implementations.is_dense("xla")
+    device("tpu", "TPU v5", libtpu=(0,))  # not to be told
+    assert implementations.is_dense("xla")
 
 
 def test_without_accepted_results_it_takes_the_portable_one_with_a_warning(device, caplog):

@@ -3,7 +3,7 @@
 XLA leaves rows past the last group undefined on some platforms and has no group offset, so rows are
 rolled to the front, and rows that belong to no group are selected to zero before and after.
 
-Where XLA expands the product (CPU, GPU by default, and all TPUs but v5p: `compat.has_ragged_dot`)
+Where XLA expands a product (CPU, GPU by default, all TPUs but v5p: `compat.has_ragged_dot`)
 it costs G times the work, and a NaN in any group's weight reaches every row; a NaN in an unused
 row reaches nothing on any platform. For v5p XLA expands it too, without a word, where the number of
 rows is not a multiple of 8, so rows are filled up there.
