@@ -92,7 +92,7 @@ def test_no_loop_over_layers_carries_the_room_for_rows(mesh):
     assert not [state for state in carried if f"[{R}," in state]
 
 
-@pytest.mark.parametrize("backend, num", [("ragged", 4), ("two_hop", 8)])
+@pytest.mark.parametrize("backend, num", [("ragged", 8), ("two_hop", 12)])
 def test_the_start_up_check_compiles(mesh, backend, num):
     program = canary._trial(mesh, "expert", backend).lower().compile()
     found = collectives(program)
