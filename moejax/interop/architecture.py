@@ -1,0 +1,81 @@
+"""What an architecture file declares, and how the right one is found."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import logging
+import pkgutil
+from collections.abc import Callable
+from typing import Any
+
+import fiddle as fdl
+
+from moejax.interop import architectures
+from moejax.interop.config_json import ConfigJson
+from moejax.interop.fields import FieldLike, Json
+from moejax.interop.views import Tensors
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """One `model_type` of transformers, as a model of ours.
+
+    Attributes:
+      class_name: of the causal language model, for `architectures` in config.json.
+      template: a config of `Transformer` with what is fixed in this architecture.
+      fields: what config.json says about the rest; read in this order.
+      tensors: how every leaf is stored.
+      skipped: prefixes of tensors that transformers does not load either, given the number of
+        layers.
+    """
+
+    class_name: str
+    template: Callable[[], fdl.Config]
+    fields: tuple[FieldLike, ...]
+    tensors: Tensors
+    skipped: Callable[[int], tuple[str, ...]] = lambda num_layers: ()
+
+    def config(self, source: ConfigJson) -> fdl.Config:
+        """The config of the `Transformer` that `source` describes."""
+        config = self.template()
+        for field in self.fields:
+            field.read(source, config)
+        if unread := source.unread():
+            _log.warning("%s: ignored, as unknown here: %s", source.path, ", ".join(unread))
+        return config
+
+    def json(self, model: Any) -> Json:
+        """What config.json says of `model`; what it cannot say is left out."""
+        return {key: value for field in self.fields for key, value in field.write(model).items()}
+
+
+@functools.cache
+def known() -> tuple[str, ...]:
+    """Every `model_type` there is a file for."""
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(architectures.__path__)))
+
+
+def named(model_type: str) -> Architecture:
+    """The architecture of that name, one of `known()`."""
+    return importlib.import_module(f"{architectures.__name__}.{model_type}").ARCHITECTURE
+
+
+def of(source: ConfigJson) -> Architecture:
+    """The architecture of a config.json; UserError where it is none of ours or quantised."""
+    model_type = source.get("model_type")
+    if model_type not in known():
+        raise source.refuse(
+            f"model_type={model_type!r} is not an architecture that can be read; known are "
+            f"{', '.join(known())}"
+        )
+    if quantisation := source.get("quantization_config", None):
+        method = quantisation.get("quant_method", "unnamed")
+        raise source.refuse(
+            f"weights quantised by the method {method!r} cannot be read: store them in bfloat16, "
+            "float16 or float32 first"
+        )
+    return named(model_type)

@@ -1,0 +1,117 @@
+"""How an array of ours lies inside a tensor of a checkpoint: transposed, a half, every second.
+
+All of these are numpy views, so one definition reads and writes: what a view shows of a tensor
+is our array, and what is assigned to a view of an empty tensor is stored. The round trip is
+exact because nothing is ever computed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+Shape = tuple[int, ...]
+_TILE = 128  # two tiles of 16 or 32 bits stay in the cache while one is turned
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """The last two axes swapped if `transpose`, then `part` of the last axis.
+
+    Attributes:
+      transpose: torch stores `[out, in]` where we store `[in, out]`.
+      num_parts: how many arrays of ours share the last axis of the tensor.
+      part: the slice of the last axis that is ours, given that axis' length.
+    """
+
+    transpose: bool = False
+    num_parts: int = 1
+
+    def part(self, size: int) -> slice:
+        """All of the last axis."""
+        return slice(size)
+
+    def __call__(self, tensor: np.ndarray) -> np.ndarray:
+        """Our array, a view of `tensor`."""
+        turned = tensor.swapaxes(-1, -2) if self.transpose else tensor
+        return turned[..., self.part(turned.shape[-1])] if turned.ndim else turned
+
+    def tensor_shape(self, shape: Shape) -> Shape:
+        """The shape of the tensor in which an array of `shape` is seen."""
+        *others, last = shape
+        turned = (*others, self.num_parts * last)
+        return (*turned[:-2], turned[-1], turned[-2]) if self.transpose else turned
+
+
+@dataclasses.dataclass(frozen=True)
+class Run(View):
+    """The `index`-th of `num_parts` equal runs of the last axis (gate first, then up)."""
+
+    index: int = 0
+
+    def part(self, size: int) -> slice:
+        """A run of consecutive entries."""
+        length = size // self.num_parts
+        return slice(self.index * length, (self.index + 1) * length)
+
+
+@dataclasses.dataclass(frozen=True)
+class Every(View):
+    """Entries `index`, `index + num_parts`, ... of the last axis (gpt-oss: gate, up, gate, ...)."""
+
+    index: int = 0
+
+    def part(self, size: int) -> slice:
+        """Entries `num_parts` apart."""
+        return slice(self.index, size, self.num_parts)
+
+
+def copy_into(target: np.ndarray, source: np.ndarray) -> None:
+    """`target[...] = source`, several times faster where one of them is transposed.
+
+    Values of one dtype are moved as bits: numpy copies its own integers faster than bfloat16.
+    """
+    if target.dtype == source.dtype:
+        bits = np.dtype(f"u{target.itemsize}")
+        target, source = target.view(bits), source.view(bits)
+    if target.ndim < 2 or _row_major(target) == _row_major(source):
+        target[...] = source
+        return
+    rows, columns = target.shape[-2:]
+    for row in range(0, rows, _TILE):
+        for column in range(0, columns, _TILE):
+            tile = (slice(row, row + _TILE), slice(column, column + _TILE))
+            for index in np.ndindex(target.shape[:-2]):
+                target[index + tile] = source[index + tile]
+
+
+def _row_major(array: np.ndarray) -> bool:
+    return array.strides[-1] <= array.strides[-2]
+
+
+AS_IS = View()
+TRANSPOSED = View(transpose=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """One way in which checkpoints store a leaf.
+
+    Attributes:
+      tensor: the tensor's name; `{layer}` stands for the layer's number and `{expert}`, where
+        every expert has a tensor of its own, for the expert's.
+      view: how the leaf of one layer (or of one expert) lies in that tensor.
+    """
+
+    tensor: str
+    view: View = AS_IS
+
+    @property
+    def per_expert(self) -> bool:
+        """Whether every expert has a tensor of its own."""
+        return "{expert}" in self.tensor
+
+
+# {path of a leaf, within its layer: the forms it is read from; the first is the one written}.
+Tensors = dict[str, tuple[Form, ...]]
