@@ -63,11 +63,19 @@ def choose(
     """
     caller = caller or kernel
     if named is None:
-        names = _choose(kernel, available, products, dtype, obstacle, portable)
+        device_kind = compat.target_device_kind()
+        found = accepted.look_up(kernel, dtype, device_kind, products)
+        names = _choose(found, available, products, obstacle, portable)
         if not _unannounced.get():
+            what = f"{caller} ({dtype}): {_describe(products, names)} on {device_kind}"
             others = set(available if acceptable is None else acceptable) - {portable.name}
-            serving = any(obstacle(name) is None for name in others)
-            _explain(kernel, products, dtype, names, portable, caller, others_serve=serving)
+            if found:
+                _announce(logging.INFO, f"{what}, {found.source}")
+            # Asked only here: it imports every implementation.
+            elif any(obstacle(name) is None for name in others):
+                _advise(what, portable, device_kind)
+            else:
+                _announce(logging.INFO, f"{what}: no other can be accepted there")
         return names
     if named not in available:
         raise UserError(
@@ -89,9 +97,8 @@ def unannounced() -> Iterator[None]:
         _unannounced.reset(token)
 
 
-def _choose(kernel, available, products, dtype, obstacle, portable) -> tuple[str, ...]:
+def _choose(found, available, products, obstacle, portable) -> tuple[str, ...]:
     serves = lambda name: name in available and obstacle(name) is None
-    found = accepted.look_up(kernel, dtype, compat.target_device_kind(), products)
     names = []
     for product in products:
         name = found.choices.get(product, portable.name) if found else portable.name
@@ -100,21 +107,14 @@ def _choose(kernel, available, products, dtype, obstacle, portable) -> tuple[str
     return tuple(names)
 
 
-def _explain(kernel, products, dtype, chosen, portable, caller, *, others_serve: bool) -> None:
-    """Says what was taken and why; warns where `COMMAND` may find something faster."""
-    device_kind = compat.target_device_kind()
-    what = f"{caller} ({dtype}): {_describe(products, chosen)} on {device_kind}"
-    if found := accepted.look_up(kernel, dtype, device_kind, products):
-        _announce(logging.INFO, f"{what}, {found.source}")
-    elif others_serve:
-        known = "other versions" if accepted.is_stale(device_kind) else "no version"
-        _announce(
-            logging.WARNING,
-            f"{what}: {portable.reason}. Faster kernels may exist, but {known} of them were "
-            f"accepted on such a device; run {COMMAND} there",
-        )
-    else:
-        _announce(logging.INFO, f"{what}: no other can be accepted there")
+def _advise(what: str, portable: Portable, device_kind: str) -> None:
+    """Warns that `COMMAND` may find something faster."""
+    known = "other versions" if accepted.is_stale(device_kind) else "no version"
+    _announce(
+        logging.WARNING,
+        f"{what}: {portable.reason}. Faster kernels may exist, but {known} of them were "
+        f"accepted on such a device; run {COMMAND} there",
+    )
 
 
 def _describe(products: tuple[str, ...], chosen: tuple[str, ...]) -> str:

@@ -121,6 +121,15 @@ def test_grouped_matmul_warns_only_where_something_may_be_accepted(
     assert ("verify-kernels" in record.message) == (level == logging.WARNING)
 
 
+def test_others_are_not_even_asked_where_results_were_accepted(device):
+    """They would be imported for it, and Pallas takes half a second."""
+    device("gpu", "H100")
+    accepted.store("H100", {"kernel": {"bfloat16": dict.fromkeys(PRODUCTS, "fast")}}, {})
+    asked = []
+    assert choose(obstacle=lambda name: asked.append(name)) == ("fast", "fast")
+    assert set(asked) == {"fast"}
+
+
 def test_takes_what_the_user_accepted_for_each_product(device, caplog):
     device("gpu", "H100")
     choices = {"bfloat16": {"forward": "fast", "grad_rhs": "faster"}}
