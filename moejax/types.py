@@ -120,3 +120,17 @@ def mean(term: Term) -> Array:
     """sum / count, and 0 where nothing was counted."""
     total, count = term
     return jnp.where(count > 0, total / jnp.where(count > 0, count, 1), 0)
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """{path: leaf} in the order in which jax flattens `tree`; a path is its keys joined by '/'.
+
+    Raises ValueError where two leaves would get one path (a key that itself holds a '/').
+    """
+    out: dict[str, Any] = {}
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+        if path in out:
+            raise ValueError(f"two leaves have the path {path!r}; rename a key that holds a '/'")
+        out[path] = leaf
+    return out

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import re
 from collections.abc import Container, Iterator
-from typing import Any
 
 import jax
 
@@ -18,6 +17,7 @@ from moejax.errors import UserError
 from moejax.interop.architecture import Architecture
 from moejax.interop.views import Form, Shape, View
 from moejax.models.transformer import Transformer
+from moejax.types import named_leaves
 
 _BIAS = re.compile(r"balance_\d+_(correction_bias)")
 
@@ -109,13 +109,7 @@ def leaves(model: Transformer, architecture: Architecture) -> list[Leaf]:
 @functools.lru_cache(maxsize=8)
 def _abstract(model: Transformer) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of the model's variables; nothing is computed, but every layer is traced once."""
-    return named(jax.eval_shape(model.init, jax.random.key(0)))
-
-
-def named(tree: Any) -> dict[str, Any]:
-    """{path: leaf}, with the keys on the way joined by '/'."""
-    flat = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(keys, simple=True, separator="/"): leaf for keys, leaf in flat}
+    return named_leaves(jax.eval_shape(model.init, jax.random.key(0)))
 
 
 def by_tensor(leaves: list[Leaf]) -> dict[str, list[Part]]:

@@ -10,12 +10,13 @@ import numpy as np
 
 from moejax.errors import UserError
 from moejax.interop.description import Description
-from moejax.interop.mapping import Leaf, Part, by_tensor, leaves, named
+from moejax.interop.mapping import Leaf, Part, by_tensor, leaves
 from moejax.interop.tensor_files import DTYPES
 from moejax.interop.tensor_writer import Tensor
 from moejax.interop.views import copy_into
 from moejax.models.output import Variables
 from moejax.models.transformer import Transformer
+from moejax.types import named_leaves
 
 _WEIGHTS = {"params", "router_state"}
 _STATE = "router_state/"
@@ -49,7 +50,7 @@ def _arrays(variables: Variables, stored: list[Leaf]) -> dict[str, Any]:
             f"the collection {other[0]} has no place in a Hugging Face model: merge it into "
             "params, or leave it out to save the model without it"
         )
-    arrays = named(variables)
+    arrays = named_leaves(variables)
     for leaf in stored:
         if leaf.path not in arrays:
             raise UserError(f"variables lack the leaf {leaf.path}")

@@ -14,7 +14,8 @@ from typing import Any
 import jax
 
 from moejax.errors import UserError
-from moejax.optim.paths import map_named, match_all, matches, named_leaves
+from moejax.optim.paths import map_named, match_all, matches
+from moejax.types import named_leaves
 
 TRAIN_ALL = ("*",)
 

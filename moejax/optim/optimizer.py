@@ -24,9 +24,9 @@ import optax
 from jaxtyping import Array, Float
 
 from moejax.errors import UserError
-from moejax.optim.paths import map_named, match_all, matches, named_leaves
+from moejax.optim.paths import map_named, match_all, matches
 from moejax.optim.schedule import WSD, WarmupCosine
-from moejax.types import at_least_f32
+from moejax.types import at_least_f32, named_leaves
 
 DEFAULT_NO_DECAY = ("*norm*", "*scale", "*bias*", "embed*", "*/embed*")
 

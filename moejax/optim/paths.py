@@ -14,20 +14,7 @@ from typing import Any
 import jax
 
 from moejax.errors import UserError
-
-
-def named_leaves(tree: Any) -> dict[str, Any]:
-    """{path: leaf} in the order in which jax flattens `tree`.
-
-    Raises ValueError where two leaves would get one path (a key that itself holds a '/').
-    """
-    out: dict[str, Any] = {}
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        path = jax.tree_util.keystr(keys, simple=True, separator="/")
-        if path in out:
-            raise ValueError(f"two leaves have the path {path!r}; rename a key that holds a '/'")
-        out[path] = leaf
-    return out
+from moejax.types import named_leaves
 
 
 def map_named(function, tree: Any) -> Any:

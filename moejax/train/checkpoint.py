@@ -22,7 +22,6 @@ import jax.numpy as jnp
 from etils import epath
 
 from moejax.errors import UserError
-from moejax.optim.paths import named_leaves
 from moejax.train import processes
 from moejax.train.array_store import ArrayStore, reason
 from moejax.train.fingerprint import fingerprints
@@ -37,6 +36,7 @@ from moejax.train.manifest import (
 )
 from moejax.train.retention import Keep
 from moejax.train.step_directory import StepDirectory
+from moejax.types import named_leaves
 
 _log = logging.getLogger(__name__)
 

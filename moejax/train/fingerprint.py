@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.optim.paths import named_leaves
+from moejax.types import named_leaves
 
 # Odd constants, two per half: one multiplies the position, one the keyed word.
 _HALVES = ((0x9E3779B1, 0x85EBCA77), (0xC2B2AE3D, 0x27D4EB2F))

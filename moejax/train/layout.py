@@ -7,9 +7,9 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moejax.optim.paths import map_named, named_leaves
+from moejax.optim.paths import map_named
 from moejax.parallel.sharding import partition_spec
-from moejax.types import Batch
+from moejax.types import Batch, named_leaves
 
 
 def state_shardings(state: Any, variables: Any, mesh: jax.sharding.Mesh) -> Any:

@@ -12,13 +12,13 @@ from moejax.errors import UserError
 from moejax.experiment import Experiment
 from moejax.models.output import Variables
 from moejax.models.transformer import Transformer
-from moejax.optim.paths import named_leaves
 from moejax.parallel.mesh import Mesh
 from moejax.train import processes
 from moejax.train.assemble import Assembled
 from moejax.train.checkpoint import Checkpointer
 from moejax.train.layout import with_sharding
 from moejax.train.state import TrainState
+from moejax.types import named_leaves
 
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"

@@ -14,11 +14,10 @@ import optax
 from moejax.experiment import Experiment
 from moejax.models.output import Output
 from moejax.models.transformer import Transformer
-from moejax.optim.paths import named_leaves
 from moejax.parallel.mesh import Mesh
 from moejax.train import layout
 from moejax.train.assemble import assemble
-from moejax.types import Batch
+from moejax.types import Batch, named_leaves
 from moejax.verification.flips import RECORDED_PROBS
 
 Outcome = dict[str, np.ndarray]  # by name, in the order in which differences are to be reported

@@ -15,7 +15,7 @@ from moejax.config.load import config_functions, load_config
 from moejax.config.serialize import dump_config, load_dumped
 from moejax.config.symbols import import_file
 from moejax.config.text import config_diff, config_text
-from moejax.optim.paths import named_leaves
+from moejax.types import named_leaves
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "configs"

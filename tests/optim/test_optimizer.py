@@ -8,8 +8,8 @@ import pytest
 
 from moejax.errors import UserError
 from moejax.optim.optimizer import AdamW, decay_mask, global_norm
-from moejax.optim.paths import named_leaves
 from moejax.optim.schedule import WarmupCosine
+from moejax.types import named_leaves
 
 SCHEDULE = WarmupCosine(peak=1e-2, warmup_steps=3)
 

@@ -9,11 +9,10 @@ from moejax.config.build import build_config
 from moejax.config.load import load_config
 from moejax.config.overrides import apply_overrides
 from moejax.errors import UserError
-from moejax.optim.paths import named_leaves
 from moejax.parallel.mesh import Mesh
 from moejax.train import layout
 from moejax.train.state import init_state
-from moejax.types import Batch
+from moejax.types import Batch, named_leaves
 
 
 @pytest.fixture(scope="module")
