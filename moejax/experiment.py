@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from moejax.data.pipeline import Data, Loaders
 from moejax.errors import UserError
@@ -14,6 +15,7 @@ from moejax.kernels import dispatch
 from moejax.models.generate import Sampling
 from moejax.models.transformer import Transformer
 from moejax.objectives.lm import NextToken
+from moejax.optim import freeze
 from moejax.optim.guard import Guard
 from moejax.optim.optimizer import AdamW
 from moejax.parallel.mesh import Mesh
@@ -32,6 +34,10 @@ class Experiment:
       data: sources, tokenizer and packing.
       optimizer: its schedule receives `steps`.
       objective: what is minimised.
+      init_from: a folder whose weights the run starts from: a run of moejax, what `moejax
+        import-hf` wrote, or a Hugging Face checkpoint. None starts from random ones.
+      trainable: patterns of the parameters that train, over their paths (`optim/paths.py`). The
+        others are frozen: no gradient, no optimiser state, and the same bits at the end.
       guard: refuses steps that are not finite or that spike.
       mesh: how the devices share the work; changes no result.
       steps: optimiser steps of the whole run.
@@ -54,6 +60,8 @@ class Experiment:
     batch_size: int
     sequence_length: int
     workdir: str
+    init_from: str | None = None
+    trainable: tuple[str, ...] = freeze.TRAIN_ALL
     guard: Guard = dataclasses.field(default_factory=Guard)
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
     num_microbatches: int = 1
@@ -115,7 +123,7 @@ class Experiment:
         key = jax.random.key(0)
         variables = jax.eval_shape(model.init, key)
         self.variable_shardings(model, mesh)
-        self.optimizer.build(variables["params"], self.steps)
+        self.build_optimizer(variables["params"])
         jax.eval_shape(
             lambda variables, batch, token_bytes: (
                 self.objective(model, variables, batch, token_bytes=token_bytes, key=key).terms
@@ -130,6 +138,11 @@ class Experiment:
         return self.data.prepare(
             seq_len=self.sequence_length, batch_size=self.batch_size, seed=self.seed
         )
+
+    def build_optimizer(self, params: Any) -> optax.GradientTransformationExtraArgs:
+        """The optimiser of those of `params` that train; UserError where that is none."""
+        trained, _ = freeze.split(params, self.trainable)
+        return self.optimizer.build(trained, self.steps)
 
     def build_model(self, vocab_size: int) -> Transformer:
         """The model with the tokenizer's vocabulary."""

@@ -122,6 +122,18 @@ def mean(term: Term) -> Array:
     return jnp.where(count > 0, total / jnp.where(count > 0, count, 1), 0)
 
 
+def tree_of(leaves: dict[str, Any]) -> dict[str, Any]:
+    """Nested dictionaries from {path: leaf}; `named_leaves` of such a tree is the inverse."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
 def named_leaves(tree: Any) -> dict[str, Any]:
     """{path: leaf} in the order in which jax flattens `tree`; a path is its keys joined by '/'.
 

@@ -27,7 +27,7 @@ FAMILIES = {
 MODELS = CORE | FAMILIES | {"models"}
 BESIDE = {"optim", "data", "analysis"}  # know nothing of models
 EXPERIMENT = MODELS | {"objectives", "optim", "data"}
-TRAIN = EXPERIMENT | {"experiment", "analysis"}
+TRAIN = EXPERIMENT | {"experiment", "analysis", "interop"}
 
 MAY_IMPORT = {
     "errors": set(),
@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "experiment": EXPERIMENT,
     "train": TRAIN,
     "verification": TRAIN | {"train"},
-    "commands": TRAIN | {"train", "verification", "config", "interop"},
+    "commands": TRAIN | {"train", "verification", "config"},
     "__main__": {"commands"},
     "__init__": set(),
 }

@@ -49,6 +49,7 @@ def config_from(args: argparse.Namespace) -> fdl.Config:
     Raises:
       UserError: see `load_config`, `apply_overrides` and `check_config`.
     """
+    from moejax.commands.given_model import complete
     from moejax.config.check import check_config
     from moejax.config.load import load_config
     from moejax.config.overrides import apply_overrides
@@ -58,6 +59,7 @@ def config_from(args: argparse.Namespace) -> fdl.Config:
     config = load_config(args.config, trusted=args.trust_config)
     if os.path.isdir(args.config) and hasattr(config, "workdir"):
         config.workdir = args.config
+    config = complete(config, args.overrides, trusted=args.trust_config)
     return check_config(apply_overrides(config, args.overrides))
 
 

@@ -202,3 +202,12 @@ def python_stdlib(*, pattern: str = "**/*.py", holdout_every: int = 20) -> TextF
             *("_sysconfigdata*", "config-*"),
         ),
     )
+
+
+def package_readmes(*, pattern: str = "*.dist-info/METADATA", holdout_every: int = 8) -> TextFiles:
+    """What the installed Python packages say about themselves: about 1 MB of English prose."""
+    return TextFiles(
+        path=sysconfig.get_paths()["purelib"],
+        pattern=pattern,
+        holdout_every=holdout_every,
+    )

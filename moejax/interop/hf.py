@@ -11,23 +11,32 @@ is loaded and saved again has the same bits. The architectures are the files in 
 
 from __future__ import annotations
 
+import logging
 import os
 import pathlib
 import shutil
+from collections.abc import Iterator
 from typing import Literal
 
 import fiddle as fdl
+import jax
+import jax.numpy as jnp
 
 from moejax.interop import architecture as architectures
 from moejax.interop import description as descriptions
+from moejax.interop import mapping
 from moejax.interop.config_json import ConfigJson
-from moejax.interop.mapping import leaves
-from moejax.interop.reading import check_names, read_variables
-from moejax.interop.tensor_files import TensorFiles
+from moejax.interop.description import Description
+from moejax.interop.reading import StoredLeaf, check_names
+from moejax.interop.same_model import differences
+from moejax.interop.tensor_files import TensorFiles, read_json
 from moejax.interop.tensor_writer import appearing_whole, write_json, write_tensors
 from moejax.interop.writing import tensors_of
 from moejax.models.output import Variables
 from moejax.models.transformer import Transformer
+from moejax.types import named_leaves, tree_of
+
+_log = logging.getLogger(__name__)
 
 PathLike = str | os.PathLike[str]
 
@@ -67,13 +76,49 @@ def load(directory: PathLike) -> tuple[Transformer, Variables]:
       UserError: as `model_config`; a file is missing, truncated, a pickle or outside the folder; a
         tensor is missing, unknown or of the wrong shape or dtype; tied weights differ.
     """
+    model, leaves = stored(directory)
+    return model, tree_of({leaf.path: jnp.asarray(leaf[()]) for leaf in leaves})
+
+
+def stored(directory: PathLike) -> tuple[Transformer, Iterator[StoredLeaf]]:
+    """`load` with leaves that are not yet read; reading one may raise UserError too."""
     directory = pathlib.Path(directory)
     found = descriptions.read(directory / _CONFIG)
-    model = found.model
-    files, stored = TensorFiles(directory), leaves(model, found.architecture)
+    return found.model, _stored_leaves(directory, found.model, found)
+
+
+def load_into(directory: PathLike, model: Transformer, shardings: Variables) -> Variables:
+    """The variables of a directory for a model of one's own, laid out as `shardings` say.
+
+    The model may differ from what config.json describes where shapes do not tell (a window, an
+    epsilon); that is a warning. Every device reads its own slices and nothing else.
+
+    Raises:
+      UserError: as `load`.
+    """
+    directory = pathlib.Path(directory)
+    found = descriptions.read(directory / _CONFIG)
+    for text in differences(model, found.model):
+        _log.warning("%s describes another model: here %s", directory / _CONFIG, text)
+    placed = named_leaves(shardings)
+    make = jax.make_array_from_callback
+    leaves = _stored_leaves(directory, model, found)
+    return tree_of({x.path: make(x.shape, placed[x.path], x.__getitem__) for x in leaves})
+
+
+def is_checkpoint(directory: PathLike) -> bool:
+    """Whether there is a config.json of transformers."""
+    path = pathlib.Path(directory) / _CONFIG
+    return path.is_file() and "model_type" in read_json(path)
+
+
+def _stored_leaves(
+    directory: pathlib.Path, model: Transformer, found: Description
+) -> Iterator[StoredLeaf]:
+    files, named = TensorFiles(directory), mapping.leaves(model, found.architecture)
     skipped = found.architecture.skipped(model.num_layers)
-    check_names(files, stored, skipped=skipped, tied=model.tied_head)
-    return model, read_variables(files, stored)
+    check_names(files, named, skipped=skipped, tied=model.tied_head)
+    return (StoredLeaf(files, leaf) for leaf in named)
 
 
 def save(
@@ -89,7 +134,8 @@ def save(
 
     Args:
       model: of any known architecture; which one is found out.
-      variables: `params`, and `router_state` where it takes part in selection.
+      variables: `params`, and `router_state` where it takes part in selection. Leaves are arrays,
+        or anything with `shape`, `dtype` and `leaf[index]`, which are then read part by part.
       directory: new or empty.
       dtype: of the stored parameters; None keeps each leaf's own. Router state always does.
       source: a Hugging Face directory of the same model, whose config.json and tokenizer files
@@ -112,12 +158,15 @@ def save(
     with appearing_whole(pathlib.Path(directory)) as partial:
         write_tensors(partial, tensors, max_shard_bytes)
         if source is not None:
-            _carry(pathlib.Path(source), partial)
+            carry(source, partial)
         write_json(partial / _CONFIG, values)  # last: without it nothing is loaded
 
 
-def _carry(source: pathlib.Path, target: pathlib.Path) -> None:
-    for pattern in _CARRIED:
-        for path in source.glob(pattern):
+def carry(source: PathLike, target: PathLike) -> None:
+    """Copies config.json and the files of tokenizing and generation from one folder to another."""
+    target = pathlib.Path(target)
+    target.mkdir(exist_ok=True)
+    for pattern in (_CONFIG, *_CARRIED):
+        for path in pathlib.Path(source).glob(pattern):
             if path.is_file():
                 shutil.copyfile(path, target / path.name)

@@ -16,6 +16,7 @@ import jax
 from moejax.errors import UserError
 from moejax.interop.architecture import Architecture
 from moejax.interop.views import Form, Shape, View
+from moejax.models.stack import stacked_layers
 from moejax.models.transformer import Transformer
 from moejax.types import named_leaves
 
@@ -85,11 +86,7 @@ def leaves(model: Transformer, architecture: Architecture) -> list[Leaf]:
     Raises:
       UserError: the architecture has no place for a leaf.
     """
-    layers = {
-        name: tuple(segment.indices(member))
-        for segment in model.segments
-        for member, name in enumerate(segment.names)
-    }
+    layers = stacked_layers(model.segments)
     out = []
     for path, leaf in _abstract(model).items():
         collection, *names = path.split("/")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import re
 
@@ -13,7 +14,6 @@ from moejax.errors import UserError
 from moejax.interop.mapping import Leaf
 from moejax.interop.tensor_files import TensorFiles
 from moejax.interop.views import copy_into
-from moejax.models.output import Variables
 from moejax.types import at_least_f32
 
 _log = logging.getLogger(__name__)
@@ -24,33 +24,42 @@ _BUFFERS = re.compile(r".*\.(rotary_emb\.inv_freq|self_attn\.(masked_)?bias)")
 _CHUNK = 4096  # rows that are compared at a time
 
 
-def read_variables(files: TensorFiles, leaves: list[Leaf]) -> Variables:
-    """The tree of variables; each leaf in its stored dtype, router state in at least float32.
+class StoredLeaf:
+    """A leaf as it lies in the files: `stored[index]` reads that slice of it and nothing else.
+
+    `dtype` is the stored one; of layers that are stored in several, one that holds all exactly.
+    Router state is in at least float32.
 
     Raises:
       UserError: a tensor is missing, or its shape or dtype is another.
     """
-    variables: Variables = {}
-    for leaf in leaves:
-        *parents, name = leaf.path.split("/")
-        tree = functools.reduce(lambda node, key: node.setdefault(key, {}), parents, variables)
-        tree[name] = jnp.asarray(read_leaf(files, leaf))
-    return variables
 
+    def __init__(self, files: TensorFiles, leaf: Leaf):
+        self.path, self.shape = leaf.path, leaf.shape
+        self._tensors: dict[tuple[int, ...], np.ndarray] = {}
+        for part in leaf.parts(files.names):
+            if part.tensor not in files:
+                raise UserError(f"{files.directory} lacks tensor {part.tensor} (for {leaf.path})")
+            tensor = files.read(part.tensor, part.tensor_shape)
+            self._tensors[part.index] = part.view(tensor)
+        dtypes = {tensor.dtype for tensor in self._tensors.values()}
+        dtype = functools.reduce(jnp.promote_types, dtypes)
+        is_state = leaf.path.startswith("router_state/")
+        self.dtype = np.dtype(at_least_f32(dtype) if is_state else dtype)
 
-def read_leaf(files: TensorFiles, leaf: Leaf) -> np.ndarray:
-    """One leaf; of layers that are stored in several dtypes, in one that holds all exactly."""
-    parts = list(leaf.parts(files.names))
-    for part in parts:
-        if part.tensor not in files:
-            raise UserError(f"{files.directory} lacks tensor {part.tensor} (for {leaf.path})")
-    dtype = functools.reduce(jnp.promote_types, {files.dtype(part.tensor) for part in parts})
-    if leaf.path.startswith("router_state/"):
-        dtype = at_least_f32(dtype)
-    out = np.empty(leaf.shape, dtype)
-    for part in parts:
-        copy_into(out[part.index], part.view(files.read(part.tensor, part.tensor_shape)))
-    return out
+    def __getitem__(self, index: tuple[int | slice, ...]) -> np.ndarray:
+        """The values at `index`: a number or a slice for every axis, or for the first ones."""
+        as_slice = lambda part: part if isinstance(part, slice) else slice(part, part + 1)
+        parts = itertools.zip_longest(map(as_slice, index), self.shape, fillvalue=slice(None))
+        spans = [range(size)[part] for part, size in parts]
+        numbers = tuple(0 if isinstance(part, int) else slice(None) for part in index)
+        out = np.empty([len(span) for span in spans], self.dtype)
+        for where, tensor in self._tensors.items():
+            if all(i in span for i, span in zip(where, spans, strict=False)):
+                own = tuple(span.index(i) for i, span in zip(where, spans, strict=False))
+                rest = tuple(slice(s.start, s.stop, s.step) for s in spans[len(where) :])
+                copy_into(out[own], tensor[rest])
+        return out[numbers]
 
 
 def check_names(

@@ -1,6 +1,6 @@
 """Reads the safetensors files of a directory, one slice at a time.
 
-A tensor is a memory map of its bytes in the file: whoever looks at a slice reads that slice.
+Files are mapped into memory: whoever looks at a slice of a tensor reads that slice.
 The `safetensors` package checks every header (offsets, overlaps, the file's length) before
 anything is mapped.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pathlib
 import re
 
@@ -50,6 +51,7 @@ class TensorFiles:
     def __init__(self, directory: pathlib.Path):
         self.directory = directory
         self._entries: dict[str, _Entry] = {}
+        self._maps: dict[pathlib.Path, np.ndarray] = {}
         index = directory / INDEX
         if index.exists():
             self._open_shards(index)
@@ -92,7 +94,11 @@ class TensorFiles:
                 f"{entry.file}: tensor {name} has shape {list(entry.shape)}, but config.json "
                 f"asks for {list(shape)}"
             )
-        return np.memmap(entry.file, dtype, mode="r", offset=entry.start, shape=shape)
+        if entry.file not in self._maps:
+            self._maps[entry.file] = np.memmap(entry.file, np.uint8, mode="r")
+        num_bytes = math.prod(shape) * dtype.itemsize
+        values = self._maps[entry.file][entry.start : entry.start + num_bytes]
+        return values.view(np.ndarray).view(dtype).reshape(shape)
 
     def _open_shards(self, index: pathlib.Path) -> None:
         weight_map = read_json(index).get("weight_map")

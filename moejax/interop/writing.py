@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -80,8 +81,9 @@ def _tensor(name: str, parts: list[Part], arrays: dict[str, Any], dtype: str | N
     def compute() -> np.ndarray:
         out = np.empty(parts[0].tensor_shape, target)
         for part in parts:
-            values = np.asarray(arrays[part.leaf])[part.index]
-            copy_into(part.view(out), _cast(values, part, target))
+            array = arrays[part.leaf]
+            whole = np.asarray(array) if isinstance(array, jax.Array) else array
+            copy_into(part.view(out), _cast(whole[part.index], part, target))
         return out
 
     return Tensor(name=name, shape=parts[0].tensor_shape, dtype=target, compute=compute)

@@ -79,6 +79,15 @@ def segments(layers: Sequence[Layer]) -> list[Segment]:
     return out
 
 
+def stacked_layers(layout: Sequence[Segment]) -> dict[str, tuple[int, ...]]:
+    """{name of stacked parameters: the global layers that their rows belong to}."""
+    return {
+        name: tuple(segment.indices(member))
+        for segment in layout
+        for member, name in enumerate(segment.names)
+    }
+
+
 def init(
     layout: Sequence[Segment], key: Array, x: jax.ShapeDtypeStruct, context: Context
 ) -> dict[str, dict[str, Any]]:

@@ -11,10 +11,12 @@ import optax
 from jaxtyping import ArrayLike, Int
 
 from moejax.experiment import Experiment
+from moejax.models.output import Variables
 from moejax.models.transformer import Transformer
 from moejax.train import layout
-from moejax.train.state import TrainState, init_state
+from moejax.train.state import TrainState, changing, init_state, with_leaves
 from moejax.train.step import Step, jit_step, make_train_step
+from moejax.types import named_leaves
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,18 +24,29 @@ class Assembled:
     """A run on its mesh, ready to start.
 
     Attributes:
-      fresh: makes the initial state; not compiled and not laid out.
+      fresh: makes the initial state, from the given variables where there are any; not compiled
+        and not laid out.
+      variables: where each leaf of the model's variables lies.
       shardings: where each leaf of the state lies.
       train_step: compiled; takes a batch that is laid out by `layout.global_batch`.
     """
 
-    fresh: Callable[[], TrainState]
+    fresh: Callable[..., TrainState]
+    variables: Variables
     shardings: TrainState
     train_step: Step
 
-    def initial_state(self) -> TrainState:
-        """The fresh state, each leaf made where it lies."""
-        return jax.jit(self.fresh, out_shardings=self.shardings)()
+    def initial_state(self, variables: Variables | None = None) -> TrainState:
+        """The fresh state, each leaf made where it lies.
+
+        Of `variables` given, the frozen ones become part of it as they are, without a copy.
+        """
+        if variables is None:
+            return jax.jit(self.fresh, out_shardings=self.shardings)()
+        fresh = lambda given: changing(self.fresh(given))
+        leaves = jax.jit(fresh, out_shardings=changing(self.shardings))(variables)
+        frozen = {f"frozen/{p}": leaf for p, leaf in named_leaves(variables["params"]).items()}
+        return with_leaves(self.shardings, frozen | leaves)
 
 
 def assemble(
@@ -46,8 +59,15 @@ def assemble(
 ) -> Assembled:
     """Everything here must be used under `jax.set_mesh(mesh)`."""
 
-    def fresh() -> TrainState:
-        return init_state(model, optimizer, experiment.guard, experiment.seed)
+    def fresh(given: Variables | None = None) -> TrainState:
+        return init_state(
+            model,
+            optimizer,
+            experiment.guard,
+            experiment.seed,
+            trainable=experiment.trainable,
+            variables=given,
+        )
 
     variables = experiment.variable_shardings(model, mesh)
     shardings: Any = layout.state_shardings(jax.eval_shape(fresh), variables, mesh)
@@ -61,6 +81,7 @@ def assemble(
     )
     return Assembled(
         fresh=fresh,
+        variables=variables,
         shardings=shardings,
         train_step=jit_step(step, shardings=(shardings, layout.replicated(mesh))),
     )

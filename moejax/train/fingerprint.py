@@ -43,7 +43,24 @@ def fingerprints(tree: Any) -> dict[str, str]:
     words: dict[str, np.ndarray] = {}
     for group in _by_devices(leaves):
         words |= jax.device_get(_sums(group))
-    return {path: "".join(f"{int(word):08x}" for word in words[path]) for path in leaves}
+    return {path: digits(words[path]) for path in leaves}
+
+
+def digits(words: np.ndarray) -> str:
+    """The two words of a fingerprint as 16 hexadecimal digits."""
+    return "".join(f"{int(word):08x}" for word in words)
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def slice_words(x: jax.Array, index: jax.Array, *, shape: tuple[int, ...]) -> jax.Array:
+    """What `whole[index]` adds to the words of `whole`, an array of `shape`; uint32 [2].
+
+    `index` int32 [n] selects along the first n axes. Words of slices that together are the whole,
+    each element once, add up (modulo 2**32) to the words of the whole.
+    """
+    strides = _strides((*shape, *_as_words(x).shape[x.ndim :]))
+    start = sum((index[d].astype(jnp.uint32) * strides[d] for d in range(len(index))), np.uint32(0))
+    return _sums_of(_as_words(x), start)
 
 
 def _by_devices(leaves: dict[str, jax.Array]) -> list[dict[str, jax.Array]]:
@@ -61,8 +78,12 @@ def _sums(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 def fingerprint_words(x: jax.Array) -> jax.Array:
     """The two 32-bit words of one array's fingerprint, uint32 [2]. Pure; runs under jit."""
-    words = _as_words(x)
-    return jnp.stack([_position_keyed_sum(words, half) for half in _HALVES])
+    return _sums_of(_as_words(x), np.uint32(0))
+
+
+def _sums_of(words: jax.Array, start: jax.Array | np.uint32) -> jax.Array:
+    positions = _positions(words.shape) + start
+    return jnp.stack([_position_keyed_sum(words, positions, half) for half in _HALVES])
 
 
 def _as_words(x: jax.Array) -> jax.Array:
@@ -83,10 +104,10 @@ def _as_words(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
 
 
-def _position_keyed_sum(words: jax.Array, half: tuple[int, int]) -> jax.Array:
+def _position_keyed_sum(words: jax.Array, positions: jax.Array, half: tuple[int, int]) -> jax.Array:
     spread, stir = (np.uint32(c) for c in half)
     # Multiplying by an odd number, xor with a constant and xor with an own shift are bijections.
-    keyed = (words ^ _scramble(_positions(words.shape) * spread + stir)) * stir
+    keyed = (words ^ _scramble(positions * spread + stir)) * stir
     return jnp.sum(_scramble(keyed), dtype=jnp.uint32)
 
 
@@ -99,9 +120,13 @@ def _scramble(word: jax.Array) -> jax.Array:
 
 def _positions(shape: tuple[int, ...]) -> jax.Array:
     """Each element's row-major index modulo 2**32, built from iotas, which shard with the data."""
-    strides = [math.prod(shape[d + 1 :]) % 2**32 for d in range(len(shape))]
     iotas = [
-        jax.lax.broadcasted_iota(jnp.uint32, shape, d) * np.uint32(stride)
-        for d, stride in enumerate(strides)
+        jax.lax.broadcasted_iota(jnp.uint32, shape, d) * stride
+        for d, stride in enumerate(_strides(shape))
     ]
     return functools.reduce(jnp.add, iotas, jnp.zeros(shape, jnp.uint32))
+
+
+def _strides(shape: tuple[int, ...]) -> list[np.uint32]:
+    """How far apart neighbours along each axis are in row-major order, modulo 2**32."""
+    return [np.uint32(math.prod(shape[d + 1 :]) % 2**32) for d in range(len(shape))]

@@ -14,21 +14,24 @@ from moejax.data.pipeline import Loaders
 from moejax.errors import UserError
 from moejax.experiment import Experiment
 from moejax.models.flops import size
+from moejax.models.stack import stacked_layers
 from moejax.models.transformer import Transformer
+from moejax.optim import freeze
 from moejax.parallel.canary import check_exchange
-from moejax.train import finish, layout, processes
+from moejax.train import finish, frozen, layout, processes
 from moejax.train.assemble import assemble
 from moejax.train.checkpoint import Checkpointer
 from moejax.train.evaluate import Evaluator
+from moejax.train.init_from import CHECKPOINTS, LAYERS
 from moejax.train.manifest import versions
 from moejax.train.metrics import Accumulator
 from moejax.train.peak import peak_flops
 from moejax.train.progress import Progress, Silent
 from moejax.train.records import Records
-from moejax.train.restore import CHECKPOINTS, TOKENIZER, restore_or_init
+from moejax.train.restore import TOKENIZER, restore_or_init
 from moejax.train.retention import Keep
 from moejax.train.signals import AgreedStop, StopSignal
-from moejax.train.state import TrainState
+from moejax.train.state import TrainState, changing, with_leaves
 from moejax.train.writers import JsonLines, TensorBoard
 
 _log = logging.getLogger(__name__)
@@ -76,7 +79,7 @@ def _train(experiment: Experiment, mesh: Any, *, name: str, until: int | None) -
     with StopSignal() as stop, Checkpointer(str(workdir / CHECKPOINTS), keep) as checkpointer:
         checkpointer.check_writable()
         processes.by_first(lambda: data.tokenizer.save(workdir / TOKENIZER))
-        state, start = restore_or_init(checkpointer, assembled, data.fingerprint)
+        state, start = restore_or_init(experiment, model, assembled, checkpointer, data.fingerprint)
         agreed = AgreedStop(stop, mesh)
         with _records(workdir, start) as records:
             run = _Run(
@@ -85,8 +88,10 @@ def _train(experiment: Experiment, mesh: Any, *, name: str, until: int | None) -
             state = run.steps(assembled.train_step, state, evaluator, until=until)
             results = {}
             if run.paused_by is None:
-                variables = _variables(state)
-                results = finish.finish(experiment, model, data, variables, evaluator, records)
+                frozen.check_unchanged(workdir, state.frozen)
+                results = finish.finish(
+                    experiment, model, data, state.variables, evaluator, records
+                )
     return Finished(step=int(state.step), paused_by=run.paused_by, results=results)
 
 
@@ -110,13 +115,17 @@ def _records(workdir: Path, start: int) -> Records:
     )
 
 
+def _freeze_report(experiment: Experiment, model: Transformer) -> freeze.FreezeReport:
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    report = freeze.report(shapes["params"], experiment.trainable)
+    if report.num_frozen:
+        _log.info("%s", report)
+    return report
+
+
 def _optimizer(experiment: Experiment, model: Transformer):
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    return experiment.optimizer.build(shapes["params"], experiment.steps)
-
-
-def _variables(state: TrainState) -> dict[str, Any]:
-    return {"params": state.params, "router_state": state.router_state}
+    return experiment.build_optimizer(shapes["params"])
 
 
 class _Run:
@@ -139,10 +148,13 @@ class _Run:
         self._checkpointer, self._records = checkpointer, records
         self._learning_rate = experiment.optimizer.schedule.build(experiment.steps)
         self._start, self._saved, self._rolled_back_to = start, start, None
+        self._layers = {LAYERS: stacked_layers(model.segments)}
         self.paused_by: str | None = None
 
         tokens_per_step = experiment.batch_size * experiment.sequence_length
-        description = describe(model, tokens_per_step, experiment.sequence_length) | {"name": name}
+        report = _freeze_report(experiment, model)
+        description = describe(model, tokens_per_step, experiment.sequence_length)
+        description |= {"name": name, "trainable": str(report)}
         self._records.write("run", start, description)
         if start:
             self._records.write("event", start, {"event": "resumed"})
@@ -176,7 +188,7 @@ class _Run:
                 if done == experiment.steps:
                     break
                 if _due(done, experiment.eval_every):
-                    self._records.write("eval", done, evaluator.run(_variables(state)))
+                    self._records.write("eval", done, evaluator.run(state.variables))
                 if _due(done, experiment.checkpoint_every):
                     self._save(done, state)
                 received = self._stop.poll()
@@ -221,8 +233,9 @@ class _Run:
         if not any(step < first for step in self._checkpointer.steps()):
             raise UserError(f"{refused}, and no checkpoint is from before them: {advice}")
         try:
-            shardings = jax.tree.map(lambda x: x.sharding, state)
-            wanted = layout.with_sharding(state, shardings)
+            leaves = changing(state)
+            shardings = jax.tree.map(lambda x: x.sharding, leaves)
+            wanted = layout.with_sharding(leaves, shardings)
             restored = self._checkpointer.restore(wanted, before=first)
         except UserError as error:
             raise UserError(f"{refused}, and {error}") from error
@@ -234,12 +247,12 @@ class _Run:
             text += f"; corrupt and not used: {'; '.join(self._checkpointer.problems)}"
         _log.warning(text)
         self._records.write("event", done, {"event": "rollback", "text": text})
-        return dataclasses.replace(restored.state, step=state.step)
+        return with_leaves(state, restored.state | {"step": state.step})
 
     def _save(self, step: int, state: TrainState) -> None:
         if step != self._saved:
             extra = {"data_position": step, "data_fingerprint": self._data.fingerprint}
-            self._checkpointer.save(step, state, extra)
+            self._checkpointer.save(step, changing(state), extra | self._layers)
             self._saved = step
 
 

@@ -10,39 +10,83 @@ import jax
 from moejax.data.tokenizer import Tokenizer, load
 from moejax.errors import UserError
 from moejax.experiment import Experiment
+from moejax.interop import hf
 from moejax.models.output import Variables
 from moejax.models.transformer import Transformer
 from moejax.parallel.mesh import Mesh
-from moejax.train import processes
+from moejax.train import frozen, processes
 from moejax.train.assemble import Assembled
 from moejax.train.checkpoint import Checkpointer
+from moejax.train.init_from import CHECKPOINTS, COLLECTIONS, HF, newest, read_weights, readable
 from moejax.train.layout import with_sharding
-from moejax.train.state import TrainState
+from moejax.train.slices import StoredSlices
+from moejax.train.state import TrainState, changing, with_leaves
 from moejax.types import named_leaves
 
-CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"
 
 
 def restore_or_init(
-    checkpointer: Checkpointer, assembled: Assembled, data_fingerprint: str
+    experiment: Experiment,
+    model: Transformer,
+    assembled: Assembled,
+    checkpointer: Checkpointer,
+    data_fingerprint: str,
 ) -> tuple[TrainState, int]:
     """(state, the step it starts from): the newest valid checkpoint, else a fresh state.
 
     Either is laid out as `assembled` says, however it was when it was saved. Raises UserError where
     the data are not those that the checkpoint was trained on.
     """
+    workdir = pathlib.Path(experiment.workdir)
     if not processes.from_first(checkpointer.steps()):
-        return assembled.initial_state(), 0
-    shapes = jax.eval_shape(assembled.fresh)
-    restored = checkpointer.restore(with_sharding(shapes, assembled.shardings))
+        state = assembled.initial_state(_given(experiment, model, assembled))
+        frozen.save(workdir, state.frozen)
+        return state, 0
+    wanted = with_sharding(jax.eval_shape(assembled.fresh), assembled.shardings)
+    restored = checkpointer.restore(changing(wanted))
     saved = restored.extra.get("data_fingerprint")
     if saved != data_fingerprint:
         raise UserError(
             f"the checkpoint of step {restored.step} was trained on other data (fingerprint "
             f"{saved}, now {data_fingerprint}): restore the data, or use another workdir"
         )
-    return restored.state, restored.step
+    kept = frozen.restore(workdir, named_leaves({"params": wanted.frozen}))
+    kept = {path.replace("params", "frozen", 1): leaf for path, leaf in kept.items()}
+    return with_leaves(wanted, restored.state | kept), restored.step
+
+
+def _given(experiment: Experiment, model: Transformer, assembled: Assembled) -> Variables | None:
+    if experiment.init_from is None:
+        return None
+    source, workdir = pathlib.Path(experiment.init_from), pathlib.Path(experiment.workdir)
+    given = read_weights(source, model, assembled.variables)
+    carried = source if hf.is_checkpoint(source) else source / HF
+    if carried.exists():
+        processes.by_first(lambda: hf.carry(carried, workdir / HF))
+    return given
+
+
+def model_of(described: Experiment | Transformer, workdir: pathlib.Path) -> Transformer:
+    """The model of a run (an `Experiment`) or of an imported checkpoint (a `Transformer`)."""
+    if isinstance(described, Transformer):
+        return described
+    return described.build_model(load(workdir / TOKENIZER).vocab_size)
+
+
+def open_slices(workdir: pathlib.Path, step: int | None) -> tuple[int, list[StoredSlices]]:
+    """(step, the variables of a checkpoint and what its run froze, not yet read).
+
+    Of the newest checkpoint where `step` is None. Raises UserError where there is none.
+    """
+    with Checkpointer(str(workdir / CHECKPOINTS)) as store:
+        found = newest(store, workdir) if step is None else readable(store, step)
+        directory = pathlib.Path(store.directory.path(found.step))
+    trained = {p: leaf for p, leaf in found.leaves.items() if p.startswith(COLLECTIONS)}
+    kept = frozen.stored(workdir)
+    slices = [StoredSlices(directory, path, leaf) for path, leaf in trained.items()]
+    folder = frozen.directory(workdir)
+    return found.step, slices + [StoredSlices(folder, path, leaf) for path, leaf in kept.items()]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,9 +115,12 @@ def load_variables(
     mesh = (Mesh(data=1) if processes.num_processes() == 1 else experiment.mesh).build()
     shardings = {"router_state": {}} | experiment.variable_shardings(model, mesh)
     wanted = named_leaves(with_sharding(shapes, shardings))
+    known = frozen.stored(workdir)
+    trained = {path: like for path, like in wanted.items() if path not in known}
     with Checkpointer(str(workdir / CHECKPOINTS)) as checkpointer:
-        restored = checkpointer.restore_leaves(wanted, step)
-    leaves = [restored.state[path] for path in wanted]
+        restored = checkpointer.restore_leaves(trained, step)
+    kept = frozen.restore(workdir, {path: wanted[path] for path in wanted if path in known})
+    leaves = [(restored.state | kept)[path] for path in wanted]
     return LoadedRun(
         experiment=experiment,
         model=model,

@@ -21,6 +21,7 @@ from jaxtyping import Array
 from moejax.kernels import compat
 from moejax.models.transformer import Transformer
 from moejax.objectives.lm import NextToken, Result
+from moejax.optim import freeze
 from moejax.optim.guard import Guard, select
 from moejax.optim.optimizer import global_norm
 from moejax.train.state import TrainState
@@ -48,6 +49,7 @@ def make_train_step(
     optimizer = optax.with_extra_args_support(optimizer)
 
     def forward(params: Any, state: TrainState, batch: Batch, key: Array, loads: Any) -> Result:
+        params = freeze.merge(params, state.frozen)
         variables = {"params": params, "router_state": state.router_state}
         return objective(
             model, variables, batch, token_bytes=token_bytes, step=state.step, key=key, loads=loads
@@ -107,7 +109,11 @@ def make_train_step(
         }
         old = {name: getattr(state, name) for name in new}
         state = TrainState(
-            step=state.step + 1, guard=guard_state, key=state.key, **select(accepted, new, old)
+            step=state.step + 1,
+            guard=guard_state,
+            key=state.key,
+            frozen=state.frozen,
+            **select(accepted, new, old),
         )
         metrics = {
             "loss": value,

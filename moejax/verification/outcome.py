@@ -59,7 +59,7 @@ def outcome(
             token_bytes=jnp.ones((model.vocab_size,), jnp.int32),
         )
         state = assembled.initial_state()
-        initial = _on_host(state.params)  # before the step takes its buffers
+        initial = _on_host(state.variables["params"])  # before the step takes its buffers
         state, metrics = assembled.train_step(state, layout.global_batch(batch, mesh))
         state, metrics = _on_host(state), jax.device_get(metrics)
     stats = metrics["stats"]
@@ -72,7 +72,7 @@ def outcome(
         **_named("statistics", _comparable(stats)),
         **_named("gradient", state.opt_state),
         "global_norm of all gradients": metrics["grad_norm"],
-        **_named("updated", state.params),
+        **_named("updated", state.variables["params"]),
         **_named("router_state", state.router_state),
     }
     return {name: np.asarray(value) for name, value in found.items()}, routed

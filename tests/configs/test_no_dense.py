@@ -27,6 +27,8 @@ CONFIGS = [
     f"configs/{path.name}:{name}"
     for path in sorted((ROOT / "configs").glob("*.py"))
     for name in config_functions(import_file(str(path)))
+    # One without a model is tried with its smoke model.
+    if "model" in fdl.ordered_arguments(load_config(f"{path}:{name}"))
 ]
 VOCABULARY = 1000
 # JAX's name for the platform, ours, and a kind of device that it has.
@@ -47,7 +49,7 @@ def lowered_step(config, platform: str) -> str:
     with jax.sharding.use_abstract_mesh(mesh):
         model = experiment.build_model(VOCABULARY)
         params = jax.eval_shape(model.init, jax.random.key(0))["params"]
-        optimizer = experiment.optimizer.build(params, experiment.steps)
+        optimizer = experiment.build_optimizer(params)
         step = make_train_step(
             model,
             experiment.objective,
@@ -56,7 +58,10 @@ def lowered_step(config, platform: str) -> str:
             num_microbatches=experiment.num_microbatches,
             token_bytes=jnp.ones(VOCABULARY, jnp.int32),
         )
-        state = jax.eval_shape(lambda: init_state(model, optimizer, experiment.guard, 0))
+        trainable = experiment.trainable
+        state = jax.eval_shape(
+            lambda: init_state(model, optimizer, experiment.guard, 0, trainable=trainable)
+        )
         batch = _abstract_batch(experiment.batch_size, experiment.sequence_length)
         traced = jit_step(step).trace(state, batch)
         return traced.lower(lowering_platforms=(platform,)).as_text()

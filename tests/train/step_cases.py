@@ -63,6 +63,7 @@ def make_state(model, optimizer, *, seed=0):
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=variables["params"],
+        frozen=jax.tree.map(lambda _: None, variables["params"]),
         router_state=variables.get("router_state", {}),
         opt_state=optimizer.init(variables["params"]),
         guard=GUARD.init(),

@@ -1,0 +1,58 @@
+"""Completes a config that leaves its model out: the model of `init_from`, and its tokenizer.
+
+So `moejax train configs/router_tuning.py init_from=OLMoE-1B-7B-0924 model.boundaries=[11]` tunes
+that model, and overrides reach inside it.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import fiddle as fdl
+
+from moejax.config.load import load_config
+from moejax.config.overrides import apply_overrides
+from moejax.data.subword import HFTokenizer
+from moejax.errors import UserError
+from moejax.experiment import Experiment
+from moejax.interop import hf
+from moejax.train.restore import TOKENIZER
+
+
+def complete(config: fdl.Config, overrides: Sequence[str], *, trusted: bool) -> fdl.Config:
+    """`config` with a model; any other than an `Experiment` without one is returned as it is.
+
+    Args:
+      config: from a file or a run.
+      overrides: of the command line; only `init_from=` is looked at.
+      trusted: let the config.json of a run name any code.
+
+    Raises:
+      UserError: there is no folder to take the model from, or it describes none.
+    """
+    if fdl.get_callable(config) is not Experiment or "model" in fdl.ordered_arguments(config):
+        return config
+    config = apply_overrides(config, [text for text in overrides if text.startswith("init_from=")])
+    folder = getattr(config, "init_from", None)
+    if folder is None:
+        raise UserError("this config takes its model from a folder: give init_from=FOLDER")
+    model, tokenizer = _described(pathlib.Path(folder), trusted=trusted)
+    config.model = model
+    if "tokenizer" not in fdl.ordered_arguments(config.data):
+        config.data.tokenizer = tokenizer
+    return config
+
+
+def _described(folder: pathlib.Path, *, trusted: bool) -> tuple[fdl.Config, fdl.Config]:
+    """(model without its vocabulary size, tokenizer with it)."""
+    if hf.is_checkpoint(folder):
+        model = hf.model_config(folder)
+        tokenizer: Any = fdl.Config(HFTokenizer, path=str(folder), vocab_size=model.vocab_size)
+    else:
+        found = load_config(folder, trusted=trusted)
+        model = found.model if fdl.get_callable(found) is Experiment else found
+        tokenizer = fdl.Config(HFTokenizer, path=str(folder / TOKENIZER))
+    model.vocab_size = None
+    return model, tokenizer

@@ -1,0 +1,158 @@
+"""The weights that a run starts from, read into the layout in which it trains.
+
+Three kinds of folder: a run of moejax, what `moejax import-hf` wrote (which looks like one), and a
+Hugging Face checkpoint. Names and shapes must be the model's, one for one. How the source
+stacked its layers may differ: layer l goes to layer l.
+"""
+
+from __future__ import annotations
+
+import logging
+import pathlib
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from moejax.errors import UserError
+from moejax.interop import hf
+from moejax.models.output import Variables
+from moejax.models.stack import stacked_layers
+from moejax.models.transformer import Transformer
+from moejax.train import frozen, processes
+from moejax.train.checkpoint import Checkpointer
+from moejax.train.manifest import CorruptCheckpoint, Leaf, Manifest
+from moejax.types import named_leaves, tree_of
+
+CHECKPOINTS = "checkpoints"
+HF = "hf"  # config.json and tokenizer files of the Hugging Face checkpoint that all began with
+LAYERS = "layers"  # in a checkpoint's `extra`: {name of stacked parameters: their layers}
+
+_log = logging.getLogger(__name__)
+
+COLLECTIONS = ("params/", "router_state/")
+Rows = list[tuple[str, int | None]]  # (path in the source, row of it or all), in order
+
+
+def read_weights(path: pathlib.Path, model: Transformer, shardings: Variables) -> Variables:
+    """`params` of the model, and `router_state` where the source has the same.
+
+    Args:
+      path: a folder of any of the three kinds.
+      model: to be trained; how it stacks layers is free.
+      shardings: of its variables.
+
+    Raises:
+      UserError: the folder is of none of these kinds or is damaged, or a parameter is missing, is
+        one too many or has another shape.
+    """
+    read = hf.load_into if hf.is_checkpoint(path) else _from_run
+    found = read(path, model, shardings)
+    num_bytes = sum(x.nbytes for x in jax.tree.leaves(found["params"]))
+    state = "router state too" if found.get("router_state") else "no router state"
+    _log.info("starting from the weights of %s: %.1f MB, %s", path, num_bytes / 1e6, state)
+    return found
+
+
+def _from_run(path: pathlib.Path, model: Transformer, shardings: Variables) -> Variables:
+    """The newest checkpoint of a run, and what the run froze."""
+    placed = named_leaves(shardings)
+    shapes = named_leaves(jax.eval_shape(model.init, jax.random.key(0)))
+    with Checkpointer(str(path / CHECKPOINTS)) as store:
+        found = newest(store, path)
+        if LAYERS not in found.extra:
+            raise UserError(f"{path} does not say which layers it holds: train it anew")
+        plan = _plan(path, shapes, stacked_layers(model.segments), found.extra[LAYERS])
+        trained = {p: leaf for p, leaf in found.leaves.items() if p.startswith(COLLECTIONS)}
+        stored = trained | frozen.stored(path)
+        _check(path, plan, shapes, stored)
+        state = {name for name in plan if name.startswith("router_state/")}
+        if not all(source in stored for name in state for source, _ in plan[name]):
+            plan = {name: rows for name, rows in plan.items() if name not in state}
+        wanted = {
+            source: _abstract(stored[source], placed[name])
+            for name, rows in plan.items()
+            for source, _ in rows
+        }
+        changing = {p: x for p, x in wanted.items() if p in trained}
+        arrays = store.restore_leaves(changing, found.step).state
+    arrays |= frozen.restore(path, {p: x for p, x in wanted.items() if p not in trained})
+    return tree_of({name: _join(rows, arrays, placed[name]) for name, rows in plan.items()})
+
+
+def newest(store: Checkpointer, path: pathlib.Path) -> Manifest:
+    """The manifest of the newest checkpoint of the folder `path`.
+
+    Raises UserError where there is none, or it is damaged.
+    """
+    steps = processes.from_first(store.steps())
+    if not steps:
+        raise UserError(
+            f"{path} holds no weights: name a run of moejax that has a checkpoint, a folder that "
+            "`moejax import-hf` wrote, or a Hugging Face checkpoint"
+        )
+    return readable(store, steps[-1])
+
+
+def readable(store: Checkpointer, step: int) -> Manifest:
+    """The manifest of one checkpoint; UserError where it is damaged or not there."""
+    try:
+        return store.manifest(step)
+    except CorruptCheckpoint as error:
+        where = store.directory.path(step)
+        raise UserError(f"{where}: {error}; restore it from a copy") from error
+
+
+def _plan(path: pathlib.Path, names, ours: Mapping, theirs: Mapping) -> dict[str, Rows]:
+    """{path of a leaf: where the source has its rows}."""
+    where = {layer: (name, row) for name, own in theirs.items() for row, layer in enumerate(own)}
+    num_layers = sum(len(own) for own in ours.values())
+    if where.keys() != set(range(num_layers)):
+        raise UserError(f"{path} has {len(where)} layers and model.num_layers is {num_layers}")
+    plan: dict[str, Rows] = {}
+    for name in names:
+        collection, stack, *rest = name.split("/")
+        if stack in ours:
+            found = [where[layer] for layer in ours[stack]]
+            plan[name] = [("/".join([collection, own, *rest]), row) for own, row in found]
+        else:
+            plan[name] = [(name, None)]
+    return plan
+
+
+def _check(path: pathlib.Path, plan: dict[str, Rows], shapes, stored: dict[str, Leaf]) -> None:
+    """Raises UserError unless the parameters are the same, one for one."""
+    needed = {}
+    for name, rows in plan.items():
+        for source, row in rows:
+            shape = shapes[name].shape if row is None else shapes[name].shape[1:]
+            needed[source] = (name, row is not None, shape)
+    for source, (name, stacked, shape) in needed.items():
+        if source not in stored:
+            if name.startswith("params/"):
+                raise UserError(f"{path} lacks {source}, which the model has")
+            continue
+        found = stored[source].shape[1:] if stacked else stored[source].shape
+        if found != shape:
+            raise UserError(
+                f"{source} has shape {list(found)} in {path}"
+                f"{' for each layer' if stacked else ''} and {list(shape)} in the model"
+            )
+    for source in stored:
+        if source.startswith("params/") and source not in needed:
+            raise UserError(f"{path} has {source}, which the model lacks")
+
+
+def _abstract(leaf: Leaf, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _join(rows: Rows, arrays: Mapping[str, jax.Array], sharding: NamedSharding) -> jax.Array:
+    """One leaf of the model from rows of the source's."""
+    first = arrays[rows[0][0]]
+    if rows[0][1] is None or rows == [(rows[0][0], row) for row in range(first.shape[0])]:
+        return first
+    pick = lambda arrays: jnp.stack([arrays[source][row] for source, row in rows])
+    needed = {source: arrays[source] for source, _ in rows}
+    return jax.jit(pick, out_shardings=sharding)(needed)

@@ -1,0 +1,165 @@
+"""Checkpoints of weights, written and read slice by slice through TensorStore.
+
+For weights that do not fit into host memory: the arrays are in the layout of Orbax (a zarr array
+for each leaf in one OCDBT store), so that `Checkpointer` reads what `write_checkpoint` wrote, and
+`CheckpointSlices` what either wrote. Fingerprints are added up from slices on the way.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import math
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import jax.numpy as jnp
+import numpy as np
+import tensorstore as ts
+
+from moejax.errors import UserError
+from moejax.train.fingerprint import digits, slice_words
+from moejax.train.manifest import Leaf, Manifest, versions
+
+STATE, MANIFEST = "state", "manifest/manifest.json"
+Index = tuple[int, ...]  # along the first axes
+
+_SLICE_BYTES = 32 * 2**20
+_NUM_PENDING = 4  # slices on their way to storage
+_FILE_BYTES = 256 * 2**20  # of one file of the store; what is not yet in a file is in memory
+
+
+@runtime_checkable
+class SourceLeaf(Protocol):
+    """An array that is read in slices."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __getitem__(self, index: Index) -> np.ndarray: ...
+
+
+def write_checkpoint(
+    directory: pathlib.Path, leaves: Iterable[SourceLeaf], *, step: int, extra: dict[str, Any]
+) -> int:
+    """A checkpoint of `leaves` in the new folder `directory`, as `Checkpointer.save` writes one.
+
+    Returns the number of bytes. A few slices of about 32 MB are in memory at a time; a leaf without
+    layers or experts is one slice, whatever its size.
+    """
+    context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+    described: dict[str, Leaf] = {}
+    for leaf in leaves:
+        words = np.zeros(2, np.uint32)
+        depth = _depth(leaf)
+        array = _open(directory / STATE, leaf.path, context, create=_zarr(leaf, depth))
+        pending: collections.deque = collections.deque()
+        for index in np.ndindex(leaf.shape[:depth]):
+            values = leaf[index]
+            pending.append(array[index].write(values))
+            words += np.asarray(_words(values, index, leaf.shape))
+            while len(pending) > _NUM_PENDING:
+                pending.popleft().result()
+        for write in pending:
+            write.result()
+        described[leaf.path] = Leaf(
+            shape=leaf.shape, dtype=str(leaf.dtype), fingerprint=digits(words)
+        )
+    (directory / STATE / "_METADATA").write_text(json.dumps(_orbax_metadata(described)))
+    manifest = Manifest(step=step, leaves=described, extra=extra, versions=versions())
+    path = directory / MANIFEST
+    path.parent.mkdir()
+    path.write_text(json.dumps(manifest.to_json()))
+    sizes = (math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in described.values())
+    return sum(sizes)
+
+
+class StoredSlices:
+    """A leaf of a checkpoint; `stored[index]` reads that slice of it.
+
+    What is read adds up to a fingerprint, which `check` compares once all of it was read.
+    """
+
+    def __init__(self, directory: pathlib.Path, path: str, leaf: Leaf):
+        self.path, self.shape = path, leaf.shape
+        self.dtype = np.dtype(jnp.dtype(leaf.dtype))
+        self._fingerprint = leaf.fingerprint
+        self._array = _open(directory / STATE, path, ts.Context())
+        self._words, self._seen = np.zeros(2, np.uint32), 0
+
+    def __getitem__(self, index: Index) -> np.ndarray:
+        values = self._array[index].read().result()
+        self._words += np.asarray(_words(values, index, self.shape))
+        self._seen += values.size
+        return values
+
+    def check(self) -> None:
+        """Raises UserError unless every element was read once and is what was saved."""
+        if self._seen != math.prod(self.shape):
+            raise ValueError(f"{self.path}: {self._seen} elements were read, of {self.shape}")
+        if digits(self._words) != self._fingerprint:
+            raise UserError(f"the leaf {self.path} is not what was saved: restore it from a copy")
+
+
+def _words(values: np.ndarray, index: Index, shape: tuple[int, ...]):
+    return slice_words(jnp.asarray(values), jnp.asarray(index, jnp.int32), shape=shape)
+
+
+def _depth(leaf: SourceLeaf) -> int:
+    """How many axes to take apart: layers, and experts too where a layer is too large."""
+    size, depth = math.prod(leaf.shape) * leaf.dtype.itemsize, 0
+    while size > _SLICE_BYTES and len(leaf.shape) - depth > 2:
+        size //= max(leaf.shape[depth], 1)
+        depth += 1
+    return depth
+
+
+def _zarr(leaf: SourceLeaf, depth: int) -> dict[str, Any]:
+    return {
+        "shape": list(leaf.shape),
+        "chunks": [1] * depth + [max(size, 1) for size in leaf.shape[depth:]],
+        "dtype": "bfloat16" if leaf.dtype == jnp.bfloat16 else leaf.dtype.str,
+        "compressor": None,
+        "dimension_separator": ".",
+    }
+
+
+def _open(state: pathlib.Path, path: str, context: ts.Context, create: dict | None = None):
+    store = {
+        "driver": "ocdbt",
+        "base": f"file://{state}/",
+        "path": f"{path}/",
+        "config": {"max_inline_value_bytes": 1024},
+        "target_data_file_size": _FILE_BYTES,
+    }
+    spec: dict[str, Any] = {
+        "driver": "zarr",
+        "kvstore": store,
+        "store_data_equal_to_fill_value": True,
+    }
+    if create is None:
+        return ts.open(spec, read=True, context=context).result()
+    return ts.open(spec | {"metadata": create}, create=True, context=context).result()
+
+
+def _orbax_metadata(leaves: Mapping[str, Leaf]) -> dict[str, Any]:
+    """What Orbax stores beside the arrays: the tree that they are the leaves of."""
+    return {
+        "tree_metadata": {
+            str((path,)): {
+                "key_metadata": [{"key": path, "key_type": 2}],
+                "value_metadata": {
+                    "value_type": "jax.Array",
+                    "skip_deserialize": False,
+                    "write_shape": list(leaf.shape),
+                },
+            }
+            for path, leaf in leaves.items()
+        },
+        "use_ocdbt": True,
+        "use_zarr3": False,
+        "store_array_data_equal_to_fill_value": True,
+        "custom_metadata": None,
+    }

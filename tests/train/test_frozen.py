@@ -1,0 +1,129 @@
+"""Runs in which most parameters are frozen: what is stored, what moves, and what must not."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from moejax.config.build import build_config
+from moejax.config.load import load_config
+from moejax.config.overrides import apply_overrides
+from moejax.errors import UserError
+from moejax.train import frozen
+from moejax.train.checkpoint import Checkpointer
+from moejax.train.init_from import CHECKPOINTS
+from moejax.train.loop import train
+from moejax.train.restore import load_variables
+from moejax.train.state import init_state
+from moejax.types import named_leaves
+
+STEPS = ("steps=6", "log_every=2", "optimizer.schedule.warmup_steps=2")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def build(workdir, cache, *overrides, config="configs/router_tuning.py:smoke"):
+    fixed = [f"workdir={workdir}", f"data.cache_dir={cache}", "data.train.pattern=p*/METADATA"]
+    return build_config(apply_overrides(load_config(config), [*fixed, *overrides]))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, cache):
+    experiment = build(tmp_path_factory.mktemp("finished") / "run", cache, *STEPS)
+    train(experiment, name="run")
+    return experiment
+
+
+def variables(experiment, step=None):
+    return named_leaves(load_variables(experiment, experiment.workdir, step=step).variables)
+
+
+def initial(experiment):
+    model = experiment.build_model(experiment.prepare_data().tokenizer.vocab_size)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))["params"]
+    optimizer = experiment.build_optimizer(shapes)
+    return init_state(
+        model, optimizer, experiment.guard, experiment.seed, trainable=experiment.trainable
+    )
+
+
+def test_only_the_routers_move(finished):
+    before = named_leaves(initial(finished).variables)
+    after = variables(finished)
+    moved = [path for path in before if not np.array_equal(before[path], after[path])]
+    assert moved == ["params/layers_0/ffn/router/kernel"]
+
+
+def test_there_is_no_state_of_the_optimizer_for_what_is_frozen(finished):
+    with Checkpointer(f"{finished.workdir}/{CHECKPOINTS}") as store:
+        paths = store.manifest(6).leaves
+    moments = {p for p in paths if "/mu/" in p or "/nu/" in p}
+    assert {p.split("mu/")[-1].split("nu/")[-1] for p in moments} == {"layers_0/ffn/router/kernel"}
+    assert [p for p in paths if p.startswith("params/")] == ["params/layers_0/ffn/router/kernel"]
+    kept = frozen.stored(pathlib.Path(finished.workdir))
+    assert "params/layers_0/ffn/experts/gate" in kept
+    assert "params/layers_0/ffn/router/kernel" not in kept
+
+
+def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(finished, tmp_path, cache):
+    parts = build(tmp_path / "parts", cache, *STEPS)
+    assert train(parts, name="parts", until=3).step == 3
+    assert train(parts, name="parts").step == 6
+    whole, resumed = variables(finished), variables(parts)
+    assert list(whole) == list(resumed)
+    for path, value in whole.items():
+        np.testing.assert_array_equal(value, resumed[path], err_msg=path)
+
+
+def test_the_report_counts_what_trains(finished):
+    lines = pathlib.Path(finished.workdir, "metrics.jsonl").read_text().splitlines()
+    records = map(json.loads, lines)
+    run = next(record["values"] for record in records if record["kind"] == "run")
+    assert run["trainable"].startswith("256 of ")  # 2 layers, 32 x 4
+    assert "'*/router/*': 1 leaves" in run["trainable"]
+
+
+def test_a_frozen_parameter_that_changed_is_an_error(finished):
+    kept = initial(finished).frozen
+    workdir = pathlib.Path(finished.workdir)
+    assert frozen.check_unchanged(workdir, kept) == len(named_leaves(kept))
+    kept["head"]["kernel"] = kept["head"]["kernel"].at[0, 0].add(1e-7)
+    with pytest.raises(UserError, match="params/head/kernel is no longer what it was"):
+        frozen.check_unchanged(workdir, kept)
+
+
+def test_a_damaged_frozen_parameter_is_noticed_on_resume(tmp_path, cache):
+    experiment = build(tmp_path / "run", cache, *STEPS)
+    train(experiment, name="run", until=2)
+    data = max((tmp_path / "run" / "frozen").rglob("d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    with pytest.raises(UserError, match="frozen"):
+        train(experiment, name="run")
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path, cache):
+    experiment = build(tmp_path / "run", cache, *STEPS)
+    frozen.save(tmp_path / "run", {"another": jax.numpy.zeros(3)})
+    assert train(experiment, name="run", until=2).step == 2
+    assert "params/head/kernel" in frozen.stored(tmp_path / "run")
+
+
+def test_lost_frozen_parameters_are_an_error(tmp_path, cache):
+    experiment = build(tmp_path / "run", cache, *STEPS)
+    train(experiment, name="run", until=2)
+    (tmp_path / "run" / "frozen" / "step_00000000" / "manifest" / "manifest.json").unlink()
+    with pytest.raises(UserError, match="frozen parameters in .* cannot be read"):
+        train(experiment, name="run")
+
+
+def test_a_pattern_that_matches_nothing_is_found_before_data_are_read(tmp_path, cache):
+    experiment = build(tmp_path / "run", cache, 'trainable=["*/rooter/*"]')
+    with pytest.raises(UserError, match=r"trainable: the pattern '\*/rooter/\*' matches none"):
+        experiment.check()

@@ -1,0 +1,117 @@
+"""Checkpoints that are written and read slice by slice."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from moejax.errors import UserError
+from moejax.train import slices
+from moejax.train.checkpoint import Checkpointer
+from moejax.train.fingerprint import digits, fingerprints, slice_words
+from moejax.train.layout import one_device
+from moejax.train.slices import StoredSlices, write_checkpoint
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+
+
+class Array:
+    """A leaf to be written, which records what was asked of it."""
+
+    def __init__(self, path, values):
+        self.path, self.values, self.asked = path, values, []
+        self.shape, self.dtype = values.shape, values.dtype
+
+    def __getitem__(self, index):
+        self.asked.append(index)
+        return self.values[index]
+
+
+def leaves():
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    return [
+        Array("params/layers_0/ffn/experts/gate", normal(3, 4, 8, 16).astype(BF16)),
+        Array("params/layers_0/norm/scale", normal(3, 8)),
+        Array("params/head/kernel", normal(8, 24).astype(np.float16)),
+        Array("params/zeros", np.zeros((2, 3, 5), np.float32)),
+        Array("params/minus_zeros", -np.zeros((2, 3, 5), np.float32)),
+    ]
+
+
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    monkeypatch.setattr(slices, "_SLICE_BYTES", 300)
+    found = leaves()
+    directory = tmp_path / "step_00000007"
+    num_bytes = write_checkpoint(directory, found, step=7, extra={"layers": {"layers_0": [0, 1]}})
+    assert num_bytes == sum(leaf.values.nbytes for leaf in found)
+    return tmp_path, found
+
+
+def test_the_checkpointer_reads_what_was_written_in_slices(written):
+    folder, found = written
+    wanted = {x.path: jax.ShapeDtypeStruct(x.shape, x.dtype) for x in found}
+    with Checkpointer(str(folder)) as store:
+        restored = store.restore_leaves(one_device(wanted))
+        assert store.manifest(7).extra == {"layers": {"layers_0": [0, 1]}}
+    assert restored.step == 7
+    for leaf in found:
+        value = np.asarray(restored.state[leaf.path])
+        assert value.dtype == leaf.dtype
+        np.testing.assert_array_equal(value.view(np.uint8), leaf.values.view(np.uint8))
+
+
+def test_large_leaves_are_asked_for_in_slices(written):
+    asked = {leaf.path: leaf.asked for leaf in written[1]}
+    assert len(asked["params/layers_0/ffn/experts/gate"]) == 12  # 256 bytes each
+    assert asked["params/head/kernel"] == [()]
+
+
+def test_slices_of_what_the_checkpointer_saved(tmp_path):
+    tree = {leaf.path: jnp.asarray(leaf.values) for leaf in leaves()}
+    with Checkpointer(str(tmp_path)) as store:
+        store.save(3, tree, {})
+        store.wait()
+        stored = store.manifest(3).leaves
+        folder = pathlib.Path(store.directory.path(3))
+    for path, values in tree.items():
+        leaf = StoredSlices(folder, path, stored[path])
+        assert (leaf.shape, leaf.dtype) == (values.shape, values.dtype)
+        rows = np.stack([leaf[(row,)] for row in range(values.shape[0])])
+        np.testing.assert_array_equal(rows, values)
+        leaf.check()
+
+
+def test_a_flipped_bit_and_a_slice_not_read_are_noticed(written):
+    folder, found = written
+    with Checkpointer(str(folder)) as store:
+        stored = store.manifest(7).leaves
+    leaf = stored[found[0].path]
+    changed = StoredSlices(folder / "step_00000007", found[1].path, stored[found[1].path])
+    changed._fingerprint = leaf.fingerprint
+    changed[()]
+    with pytest.raises(UserError, match="norm/scale is not what was saved"):
+        changed.check()
+    half = StoredSlices(folder / "step_00000007", found[0].path, leaf)
+    half[(0,)]
+    with pytest.raises(ValueError, match="128|512|elements"):
+        half.check()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "uint32", "float64"])
+def test_words_of_slices_add_up_to_the_fingerprint(dtype):
+    values = np.random.default_rng(1).standard_normal((3, 4, 5)).astype(jnp.dtype(dtype))
+    with jax.enable_x64(dtype == "float64"):
+        whole = fingerprints({"x": jnp.asarray(values)})["x"]
+        for depth in range(3):
+            words = np.zeros(2, np.uint32)
+            for index in np.ndindex(values.shape[:depth]):
+                part = jnp.asarray(values[index])
+                words += np.asarray(
+                    slice_words(part, jnp.asarray(index, jnp.int32), shape=values.shape)
+                )
+            assert digits(words) == whole, depth
