@@ -12,6 +12,7 @@ import optax
 from moejax.data.pipeline import Data, Loaders
 from moejax.errors import UserError
 from moejax.kernels import dispatch
+from moejax.models.expert_axes import expert_axes
 from moejax.models.generate import Sampling
 from moejax.models.transformer import Transformer
 from moejax.objectives.lm import NextToken
@@ -124,6 +125,7 @@ class Experiment:
         variables = jax.eval_shape(model.init, key)
         self.variable_shardings(model, mesh)
         self.build_optimizer(variables["params"])
+        self.chosen_experts(model)
         jax.eval_shape(
             lambda variables, batch, token_bytes: (
                 self.objective(model, variables, batch, token_bytes=token_bytes, key=key).terms
@@ -143,6 +145,11 @@ class Experiment:
         """The optimiser of those of `params` that train; UserError where that is none."""
         trained, _ = freeze.split(params, self.trainable)
         return self.optimizer.build(trained, self.steps)
+
+    def chosen_experts(self, model: Transformer) -> dict[str, freeze.Experts]:
+        """Of which parameters only some experts train; UserError for a wrong pattern."""
+        shapes = jax.eval_shape(model.init, jax.random.key(0))
+        return freeze.chosen_experts(shapes["params"], self.trainable, expert_axes(model))
 
     def build_model(self, vocab_size: int) -> Transformer:
         """The model with the tokenizer's vocabulary."""

@@ -1,13 +1,14 @@
-"""Names for the leaves of a pytree, and globs over those names.
+"""Names for the leaves of a pytree, and patterns over those names.
 
-A leaf's path is its keys joined by '/': `block/ffn/router/kernel`. Globs are those of `fnmatch`,
-matched against the whole path, and `*` also crosses '/'.
+A leaf's path is its keys joined by '/': `block/ffn/router/kernel`. A pattern matches whole paths: a
+glob as `fnmatch` has them, whose `*` also crosses '/', or a regular expression after `re:`.
 """
 
 from __future__ import annotations
 
 import difflib
 import fnmatch
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ import jax
 
 from moejax.errors import UserError
 from moejax.types import named_leaves
+
+_REGEX = "re:"
 
 
 def map_named(function, tree: Any) -> Any:
@@ -24,8 +27,20 @@ def map_named(function, tree: Any) -> Any:
 
 
 def matches(path: str, patterns: Iterable[str]) -> bool:
-    """True where one of the globs matches the whole path; case counts."""
-    return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
+    """True where one of the patterns matches the whole path; case counts.
+
+    Raises UserError for a regular expression that is none.
+    """
+    return any(_matches(path, pattern) for pattern in patterns)
+
+
+def _matches(path: str, pattern: str) -> bool:
+    if not pattern.startswith(_REGEX):
+        return fnmatch.fnmatchcase(path, pattern)
+    try:
+        return re.fullmatch(pattern.removeprefix(_REGEX), path) is not None
+    except re.error as error:
+        raise UserError(f"{pattern!r} is no regular expression: {error}") from error
 
 
 def match_all(patterns: Sequence[str], paths: Sequence[str], *, field: str) -> dict[str, int]:
@@ -44,5 +59,6 @@ def _nothing_matched(pattern: str, paths: Sequence[str], field: str) -> str:
     near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0.0)
     return (
         f"{field}: the pattern {pattern!r} matches none of the {len(paths)} parameters; "
-        f"patterns are globs over whole paths, such as {', '.join(near) or '(no parameters)'}"
+        "patterns are globs (or re:...) over whole paths, such as "
+        f"{', '.join(near) or '(no parameters)'}"
     )

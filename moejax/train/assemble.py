@@ -13,6 +13,7 @@ from jaxtyping import ArrayLike, Int
 from moejax.experiment import Experiment
 from moejax.models.output import Variables
 from moejax.models.transformer import Transformer
+from moejax.optim import freeze
 from moejax.train import layout
 from moejax.train.state import TrainState, changing, init_state, with_leaves
 from moejax.train.step import Step, jit_step, make_train_step
@@ -78,6 +79,7 @@ def assemble(
         experiment.guard,
         num_microbatches=experiment.num_microbatches,
         token_bytes=jax.numpy.asarray(token_bytes),
+        only=freeze.only_experts(experiment.chosen_experts(model)),
     )
     return Assembled(
         fresh=fresh,

@@ -117,7 +117,8 @@ def _records(workdir: Path, start: int) -> Records:
 
 def _freeze_report(experiment: Experiment, model: Transformer) -> freeze.FreezeReport:
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    report = freeze.report(shapes["params"], experiment.trainable)
+    chosen = experiment.chosen_experts(model)
+    report = freeze.report(shapes["params"], experiment.trainable, chosen)
     if report.num_frozen:
         _log.info("%s", report)
     return report

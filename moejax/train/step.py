@@ -39,8 +39,12 @@ def make_train_step(
     *,
     num_microbatches: int,
     token_bytes: Array,
+    only: Callable[[Any], Any] = lambda tree: tree,
 ) -> Step:
     """The step as a function, for `jit_step`.
+
+    `only` makes a tree like the trainable parameters zero where none of it shall train
+    (`freeze.only_experts`); it is applied to gradients and to updates.
 
     Metrics are sums over the batch: `terms` and `measures` of the objective, `stats` per layer,
     and the scalars `loss`, `grad_norm` (before clipping), `update_norm`, `accepted`.
@@ -91,10 +95,12 @@ def make_train_step(
         key = jax.random.fold_in(state.key, state.step)
         run = whole_batch if num_microbatches == 1 else in_microbatches
         value, gradient, result = run(state, batch, key)
+        gradient = only(gradient)
 
         grad_norm = global_norm(gradient)
         update = functools.partial(optimizer.update, grad_norm=grad_norm)
         updates, _ = update(gradient, state.opt_state, state.params)
+        updates = only(updates)  # weight decay too
         updates = jax.lax.optimization_barrier(updates)  # stored, not computed for each reader
         update_norm = global_norm(updates)
         accepted, guard_state = guard.decide(state.guard, value, grad_norm, update_norm)

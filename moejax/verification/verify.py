@@ -13,6 +13,7 @@ import numpy as np
 from moejax.balance.unbalanced import Unbalanced
 from moejax.errors import UserError
 from moejax.experiment import Experiment
+from moejax.models.expert_axes import expert_axes
 from moejax.models.transformer import Transformer
 from moejax.transport.local import Local
 from moejax.types import Batch
@@ -134,14 +135,6 @@ def _in_one_dtype(
         wrong = [d for d in differences if not d.error <= tolerance]
         worst = max(differences, key=lambda d: d.error)
         yield check(worst=worst, wrong=wrong, flipped=flipped, margin=margin)
-
-
-def expert_axes(model: Transformer) -> dict[str, int | None]:
-    """{parameter: its axis of experts, or None}, for `compare`."""
-    is_names = lambda leaf: isinstance(leaf, tuple)
-    flat = jax.tree_util.tree_leaves_with_path(model.logical_axes()["params"], is_leaf=is_names)
-    place = lambda names: names.index("expert") if "expert" in names else None
-    return {jax.tree_util.keystr(k, simple=True, separator="/"): place(n) for k, n in flat}
 
 
 def make_batch(batch_size: int) -> Batch:

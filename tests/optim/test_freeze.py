@@ -7,10 +7,11 @@ import optax
 import pytest
 
 from moejax.errors import UserError
-from moejax.optim.freeze import merge, report, split
+from moejax.optim.freeze import chosen_experts, merge, only_experts, report, split
 from moejax.optim.optimizer import AdamW, global_norm
 from moejax.optim.schedule import WarmupCosine
 from moejax.train.fingerprint import fingerprints
+from moejax.types import named_leaves
 
 PARAMS = {
     "block": {
@@ -81,3 +82,69 @@ def test_merge_of_parts_that_overlap_or_miss_a_leaf():
         merge(PARAMS, frozen)
     with pytest.raises(ValueError, match="exactly one"):
         merge(trainable, trainable)
+
+
+AXES = {"block/experts/w": 0}
+ONE = ("*/router/*", "*/experts/*@expert=1")
+
+
+def test_one_expert_of_a_stacked_leaf_trains_and_no_bit_of_the_others_changes():
+    trainable, frozen = split(PARAMS, ONE)
+    only = only_experts(chosen_experts(PARAMS, ONE, AXES))
+    optimizer = AdamW(schedule=WarmupCosine(peak=0.1, warmup_steps=0), weight_decay=0.5)
+    optimizer = optimizer.build(trainable, 5)
+    state = optimizer.init(trainable)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((6, 4)), jnp.float32)
+    for _ in range(2):
+        gradient = only(jax.grad(lambda t: loss(merge(t, frozen), x))(trainable))
+        norm = global_norm(gradient)
+        updates, state = optimizer.update(gradient, state, trainable, grad_norm=norm)
+        trainable = optax.apply_updates(trainable, only(updates))
+    before, after = PARAMS["block"]["experts"]["w"], trainable["block"]["experts"]["w"]
+    np.testing.assert_array_equal(before[0], after[0])
+    np.testing.assert_array_equal(before[2], after[2])
+    assert (np.asarray(before[1]) != np.asarray(after[1])).all()
+    assert (trainable["block"]["router"]["kernel"] != 1).any()
+
+
+def test_a_nan_in_the_gradient_of_another_expert_reaches_nothing():
+    only = only_experts(chosen_experts(PARAMS, ONE, AXES))
+    gradient = jnp.ones((3, 4, 2)).at[0].set(jnp.nan)
+    found = only({"block": {"experts": {"w": gradient}, "router": {"kernel": jnp.ones(2)}}})
+    np.testing.assert_array_equal(found["block"]["experts"]["w"].sum((1, 2)), [0, 8, 0])
+    np.testing.assert_array_equal(found["block"]["router"]["kernel"], 1)
+
+
+def test_a_leaf_that_is_also_matched_whole_trains_whole():
+    assert chosen_experts(PARAMS, ("*/experts/*", "*/experts/*@expert=1"), AXES) == {}
+    both = chosen_experts(PARAMS, ("*w@expert=2", "*/experts/*@expert=0,2"), AXES)
+    assert both["block/experts/w"].chosen == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("*/experts/*@expert=3", "block/experts/w has no expert 3, but 3"),
+        ("head/*@expert=0", r"head/\*@expert=... matches head/kernel, which has no experts"),
+        ("*/experts/*@layer=0", "must end in @expert=3 or @expert=3,7"),
+        ("*/experts/*@expert=-1", "must end in @expert=3"),
+    ],
+)
+def test_patterns_that_name_no_expert(pattern, message):
+    with pytest.raises(UserError, match=message):
+        chosen_experts(PARAMS, (pattern,), AXES)
+
+
+def test_regular_expressions_match_whole_paths():
+    trainable, _ = split(PARAMS, (r"re:block/(router|experts)/\w",))
+    assert list(named_leaves(trainable)) == ["block/experts/w"]
+    with pytest.raises(UserError, match=r"'re:\(head' is no regular expression"):
+        split(PARAMS, ("re:(head",))
+
+
+def test_the_report_of_one_expert_counts_its_numbers_and_the_whole_memory():
+    found = report(PARAMS, ONE, chosen_experts(PARAMS, ONE, AXES))
+    assert found.matched == {"*/router/*": 1, "*/experts/*@expert=1": 1}
+    assert (found.num_trainable, found.num_frozen) == (12 + 8, 26)
+    assert (found.trainable_bytes, found.frozen_bytes) == (48 + 48, 40)
+    assert "of block/experts/w some experts, with a whole gradient" in str(found)

@@ -7,6 +7,7 @@ import pytest
 
 from moejax.config.build import build_config
 from moejax.config.load import load_config
+from moejax.models.expert_axes import expert_axes
 from moejax.models.transformer import Transformer
 from moejax.transport.all_to_all import AllToAll
 from moejax.transport.local import Local
@@ -14,7 +15,7 @@ from moejax.verification import flips
 from moejax.verification.compare import compare
 from moejax.verification.outcome import outcome
 from moejax.verification.variants import on_mesh, with_ffn
-from moejax.verification.verify import FLOORS, TOLERANCES, expert_axes, make_batch
+from moejax.verification.verify import FLOORS, TOLERANCES, make_batch
 
 
 @pytest.fixture(scope="module")
