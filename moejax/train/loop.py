@@ -175,6 +175,8 @@ class _Run:
     def steps(self, train_step, state: TrainState, evaluator: Evaluator, *, until: int | None):
         """Runs every step that is left, or until a signal or `until` pauses the run."""
         experiment = self._experiment
+        if experiment.init_from is not None and self._start == 0:
+            self._records.write("eval", 0, evaluator.run(state.variables))  # to see what it gains
         with (
             _progress(experiment.steps, self._start) as progress,
             self._data.train.iterate(self._start) as batches,

@@ -7,11 +7,13 @@ for each leaf in one OCDBT store), so that `Checkpointer` reads what `write_chec
 
 from __future__ import annotations
 
-import collections
+import functools
 import json
 import math
+import os
 import pathlib
 from collections.abc import Iterable, Mapping
+from concurrent import futures
 from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
@@ -26,7 +28,7 @@ STATE, MANIFEST = "state", "manifest/manifest.json"
 Index = tuple[int, ...]  # along the first axes
 
 _SLICE_BYTES = 32 * 2**20
-_NUM_PENDING = 4  # slices on their way to storage
+_NUM_THREADS = 2  # each has one slice in memory
 _FILE_BYTES = 256 * 2**20  # of one file of the store; what is not yet in a file is in memory
 
 
@@ -49,29 +51,24 @@ def write_checkpoint(
     Returns the number of bytes. A few slices of about 32 MB are in memory at a time; a leaf without
     layers or experts is one slice, whatever its size.
     """
-    context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+    # Files reach the disk once, at the end, and not after every slice.
+    context = ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": False})
     described: dict[str, Leaf] = {}
-    for leaf in leaves:
-        words = np.zeros(2, np.uint32)
-        depth = _depth(leaf)
-        array = _open(directory / STATE, leaf.path, context, create=_zarr(leaf, depth))
-        pending: collections.deque = collections.deque()
-        for index in np.ndindex(leaf.shape[:depth]):
-            values = leaf[index]
-            pending.append(array[index].write(values))
-            words += np.asarray(_words(values, index, leaf.shape))
-            while len(pending) > _NUM_PENDING:
-                pending.popleft().result()
-        for write in pending:
-            write.result()
-        described[leaf.path] = Leaf(
-            shape=leaf.shape, dtype=str(leaf.dtype), fingerprint=digits(words)
-        )
+    with futures.ThreadPoolExecutor(_NUM_THREADS) as threads:
+        for leaf in leaves:
+            depth = _depth(leaf)
+            array = _open(directory / STATE, leaf.path, context, create=_zarr(leaf, depth))
+            write = functools.partial(_write_slice, leaf, array)
+            words = sum(threads.map(write, np.ndindex(leaf.shape[:depth])), np.zeros(2, np.uint32))
+            described[leaf.path] = Leaf(
+                shape=leaf.shape, dtype=str(leaf.dtype), fingerprint=digits(words)
+            )
     (directory / STATE / "_METADATA").write_text(json.dumps(_orbax_metadata(described)))
     manifest = Manifest(step=step, leaves=described, extra=extra, versions=versions())
     path = directory / MANIFEST
     path.parent.mkdir()
     path.write_text(json.dumps(manifest.to_json()))
+    _to_disk(directory)
     sizes = (math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in described.values())
     return sum(sizes)
 
@@ -105,6 +102,22 @@ class StoredSlices:
 
 def _words(values: np.ndarray, index: Index, shape: tuple[int, ...]):
     return slice_words(jnp.asarray(values), jnp.asarray(index, jnp.int32), shape=shape)
+
+
+def _write_slice(leaf: SourceLeaf, array: ts.TensorStore, index: Index) -> np.ndarray:
+    """Writes `leaf[index]`; returns what it adds to the words of the leaf's fingerprint."""
+    values = leaf[index]
+    written = array[index].write(values)
+    words = np.asarray(_words(values, index, leaf.shape))
+    written.result()
+    return words
+
+
+def _to_disk(directory: pathlib.Path) -> None:
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
 
 
 def _depth(leaf: SourceLeaf) -> int:
