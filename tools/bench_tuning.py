@@ -4,8 +4,8 @@
 
 OLMoE's 64 experts, top-8 and 16 layers at a quarter of its widths, in float32. One compiled step of
 training for every choice of what trains, and the forward pass alone; all alternate within every
-round. `backward` is a step without its forward pass: gradients, optimiser and selection. Gradients take as
-much memory as the parameters that train, optimiser state is counted from its arrays, and
+round. `backward` is a step without its forward pass: gradients, optimiser and selection. Gradients
+take as much memory as the parameters that train, optimiser state is counted from its arrays, and
 temporaries are the compiler's (`memory_analysis`).
 """
 
