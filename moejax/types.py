@@ -79,9 +79,10 @@ class Context:
     loads: Float[Array, "E"] | None = None  # global-batch share of choices per expert, sum 1
     selection: Int[Array, "T K"] | None = None  # choices to replay instead of the router's own
     selection_bias: Float[Array, "E"] | None = None  # added to router scores, for selection only
+    logit_delta: Float[Array, "..."] | None = None  # added to router logits; in a router [T, E]
     router_carry: Any = None  # per-token value from the previous MoE layer's router
     num_experts: int | None = None
-    record: bool = False  # statistics hold the choices of every token, to be replayed
+    record: bool = False  # statistics hold the routing of every token, as `trace`
     decode: bool = False  # keys and values live in the collection `cache`
     cache_length: int | None = None
     window: int | None = None  # sliding window of this layer, in positions

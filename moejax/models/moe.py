@@ -21,8 +21,9 @@ class MoE(nn.Module):
 
     Statistics, summed over the tokens of one pass: `load` `[E]` (choices per expert), `tokens`,
     `entropy` (of the router, nats), the transport's counts, and whatever the router put in
-    `Routing.extras` but `log_prob`, which is per token. With `context.record` also `selection`
-    `[T, K]`, the choices themselves, which add up to nothing.
+    `Routing.extras` but `log_prob`, which is per token. With `context.record` also `trace`, the
+    routing itself: `experts` and `weights` `[T, K]`, `probs` and `logits` `[T, E]`. It adds up to
+    nothing, and gradients flow through it.
 
     Attributes:
       num_experts: routed experts E.
@@ -54,7 +55,9 @@ class MoE(nn.Module):
         biases = [r.selection_bias(s) for r, s in zip(self.balance, states, strict=True)]
         biases = [b for b in biases if b is not None]
         context = context.replace(
-            num_experts=self.num_experts, selection_bias=sum(biases) if biases else None
+            num_experts=self.num_experts,
+            selection_bias=sum(biases) if biases else None,
+            logit_delta=self._per_token(context.logit_delta, x.shape[:2]),
         )
         rows = constrain(x.reshape(-1, x.shape[-1]), "tokens", None)  # [T, D]
         routing, carry = self.router(rows, context)
@@ -71,6 +74,12 @@ class MoE(nn.Module):
         for rule, state in rules:
             terms = add_terms(terms, rule.terms(routing, context, state))
         return y, terms, _statistics(routing, context, counts), carry
+
+    def _per_token(self, delta: Array | None, shape: tuple[int, ...]) -> Array | None:
+        """`[T, E]` from anything that broadcasts to `[B, S, E]`."""
+        if delta is None:
+            return None
+        return jnp.broadcast_to(delta, (*shape, self.num_experts)).reshape(-1, self.num_experts)
 
     def _check_balance(self) -> None:
         if not self.balance:
@@ -129,5 +138,6 @@ def _statistics(routing: Routing, context: Context, counts: Stats) -> Stats:
     if clash := own.keys() & extras.keys():
         raise ValueError(f"the router's extras use names of the layer: {', '.join(sorted(clash))}")
     if context.record:
-        own["selection"] = routing.experts
+        names = ("experts", "weights", "probs", "logits")
+        own["trace"] = {name: getattr(routing, name) for name in names}
     return own | extras

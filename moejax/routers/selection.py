@@ -1,4 +1,4 @@
-"""The selection stage: the k best by adjusted score, or choices that are replayed."""
+"""What every router does alike: logits that are intervened in, the k best, replayed choices."""
 
 from __future__ import annotations
 
@@ -6,6 +6,13 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from moejax.types import Context
+
+
+def intervened(logits: Float[Array, "T E"], context: Context) -> Float[Array, "T E"]:
+    """The router's logits, with `context.logit_delta` added where there is one."""
+    if context.logit_delta is None:
+        return logits
+    return logits + context.logit_delta.astype(logits.dtype)
 
 
 def select(adjusted: Float[Array, "T E"], k: int, context: Context) -> Int[Array, "T K"]:

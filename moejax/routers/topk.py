@@ -15,7 +15,7 @@ from flax.linen import initializers
 from jaxtyping import Array, Float
 
 from moejax.errors import UserError
-from moejax.routers.selection import select
+from moejax.routers.selection import intervened, select
 from moejax.types import Context, Routing, at_least_f32
 
 
@@ -61,6 +61,7 @@ class TopK(nn.Module):
         if self.use_bias:
             zeros = nn.with_logical_partitioning(initializers.zeros, (None,))
             logits = logits + self.param("bias", zeros, (num_experts,), jnp.float32).astype(dtype)
+        logits = intervened(logits, context)
 
         scores = jax.nn.softmax(logits) if self.score == "softmax" else jax.nn.sigmoid(logits)
         adjusted = jax.lax.stop_gradient(scores)

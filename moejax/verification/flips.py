@@ -6,29 +6,11 @@ edge is chosen in the one and not in the other. Rounding flips few choices, and 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
-from moejax.types import Routing
-
-RECORDED_PROBS = "recorded_probs"  # among a layer's statistics
 Choices = Mapping[str, np.ndarray]  # by segment, [L, T, K]; an id of E is an empty slot
-
-
-@dataclasses.dataclass(frozen=True)
-class WithProbs:
-    """A transport that returns the router's probabilities `[T, E]` beside its counts."""
-
-    transport: Any
-
-    def __call__(
-        self, x: Any, routing: Routing, weights: Any, compute: Any, *, axes: Any = None
-    ) -> tuple[Any, dict[str, Any]]:
-        y, counts = self.transport(x, routing, weights, compute, axes=axes)
-        return y, counts | {RECORDED_PROBS: routing.probs}
 
 
 def share(replayed: Choices, own: Choices, num_experts: int) -> float:

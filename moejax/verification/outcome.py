@@ -18,7 +18,6 @@ from moejax.parallel.mesh import Mesh
 from moejax.train import layout
 from moejax.train.assemble import assemble
 from moejax.types import Batch, named_leaves
-from moejax.verification.flips import RECORDED_PROBS
 
 Outcome = dict[str, np.ndarray]  # by name, in the order in which differences are to be reported
 
@@ -32,7 +31,7 @@ class Routed:
 
     Attributes:
       choices: `{segment: [L, T, K]}`, an id of E for an empty slot.
-      probs: `{segment: [L, T, E]}`, where the transport is a `WithProbs`.
+      probs: `{segment: [L, T, E]}`.
     """
 
     choices: dict[str, np.ndarray]
@@ -63,8 +62,9 @@ def outcome(
         state, metrics = assembled.train_step(state, layout.global_batch(batch, mesh))
         state, metrics = _on_host(state), jax.device_get(metrics)
     stats = metrics["stats"]
-    of = lambda key: {name: own[key] for name, own in stats.items() if key in own}
-    routed = Routed(choices=of("selection"), probs=of(RECORDED_PROBS))
+    traces = {name: own["trace"] for name, own in stats.items() if "trace" in own}
+    of = lambda key: {name: trace[key] for name, trace in traces.items()}
+    routed = Routed(choices=of("experts"), probs=of("probs"))
     found = {
         **_named("initial", initial),
         "loss": metrics["loss"],

@@ -106,7 +106,7 @@ def _in_one_dtype(
     batch = make_batch(2 * num_devices)
     alone = dataclasses.replace(on_mesh(experiment, {}), num_microbatches=1)
     is_moe = model.moe is not None
-    local = with_ffn(model, transport=flips.WithProbs(Local())) if is_moe else model
+    local = with_ffn(model, transport=Local()) if is_moe else model
     weights = experiment.objective.weights(model)
 
     def oracle(replay: Any = None) -> tuple[Outcome, Routed]:

@@ -54,7 +54,7 @@ def random_choices(batch, num_experts, k):
 def test_in_bfloat16_a_mesh_equals_one_device_that_replays_the_same_choices(experiment):
     batch, model = make_batch(8), experiment.build_model(64)
     choices = {"layers_0": random_choices(batch, model.moe.num_experts, k=2)}
-    recorded = with_ffn(model, transport=flips.WithProbs(Local()))
+    recorded = with_ffn(model, transport=Local())
     sent = with_ffn(model, transport=AllToAll())
     split = on_mesh(experiment, {"expert": 2})
 

@@ -146,6 +146,25 @@ def given_choices_are_replayed_with_their_own_weights(case: Case) -> None:
         np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
+def a_logit_delta_is_added_before_anything_else(case: Case) -> None:
+    """`context.logit_delta` of zero changes no bit; a large one for an expert selects it."""
+    delta = np.zeros((MASK.size, NUM_EXPERTS), np.float32)
+    run = lambda delta: case.run(
+        case.variables, case.x, case.context.replace(logit_delta=jnp.asarray(delta))
+    )
+    same = run(delta)
+    for a, b in zip(_valid(_per_token(same)), _valid(_per_token(case.routing)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    wanted = np.arange(MASK.size) % NUM_EXPERTS
+    delta[np.arange(MASK.size), wanted] = 30
+    moved = run(delta)
+    chosen = (np.asarray(moved.experts) == wanted[:, None]).any(axis=-1)
+    require(_valid(chosen).all(), "a token does not choose the expert whose logit was raised")
+    np.testing.assert_allclose(
+        _valid(moved.logits), _valid(case.routing.logits + delta), rtol=1e-5, atol=1e-5
+    )
+
+
 CHECKS = (
     routing_is_well_formed,
     padding_changes_nothing,
@@ -155,4 +174,5 @@ CHECKS = (
     gradients_are_finite_and_not_all_zero,
     initial_values_do_not_depend_on_x64,
     given_choices_are_replayed_with_their_own_weights,
+    a_logit_delta_is_added_before_anything_else,
 )
