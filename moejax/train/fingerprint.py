@@ -20,16 +20,19 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moejax.kernels import compat
 from moejax.types import named_leaves
 
 # Odd constants, two per half: one multiplies the position, one the keyed word.
 _HALVES = ((0x9E3779B1, 0x85EBCA77), (0xC2B2AE3D, 0x27D4EB2F))
+_ROW, _BLOCK = 1024, 2**20  # elements that are looked at together, and by one call
 
 
 def fingerprints(tree: Any) -> dict[str, str]:
@@ -51,16 +54,43 @@ def digits(words: np.ndarray) -> str:
     return "".join(f"{int(word):08x}" for word in words)
 
 
-@functools.partial(jax.jit, static_argnames="shape")
-def slice_words(x: jax.Array, index: jax.Array, *, shape: tuple[int, ...]) -> jax.Array:
-    """What `whole[index]` adds to the words of `whole`, an array of `shape`; uint32 [2].
+def run_words(values: np.ndarray, start: int) -> np.ndarray:
+    """What a run of elements adds to the words of its array's fingerprint, uint32 [2].
 
-    `index` int32 [n] selects along the first n axes. Words of slices that together are the whole,
-    each element once, add up (modulo 2**32) to the words of the whole.
+    The run begins at row-major position `start` of the whole array. Words of runs that together
+    are the whole, each element once, add up (modulo 2**32) to its words. Computed on the host's
+    processor, block by block, with one compilation for every dtype.
     """
-    strides = _strides((*shape, *_as_words(x).shape[x.ndim :]))
-    start = sum((index[d].astype(jnp.uint32) * strides[d] for d in range(len(index))), np.uint32(0))
-    return _sums_of(_as_words(x), start)
+    size = values.dtype.itemsize
+    bits = values.reshape(-1).view(f"u{min(size, 4)}")  # two words for an element of 64 bits
+    start, words = start * max(size // 4, 1), np.zeros(2, np.uint32)
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        for at in range(0, bits.size, _BLOCK):
+            block = bits[at : at + _BLOCK]
+            padded = np.pad(block, (0, _BLOCK - block.size))
+            first = np.uint32((start + at) % 2**32)
+            words += np.asarray(_compiled()(padded, first, np.int32(block.size)))
+    return words
+
+
+@functools.cache
+def _compiled() -> Callable[..., jax.Array]:
+    return jax.jit(_block_words, compiler_options=compat.compiler_options())
+
+
+def _block_words(block: jax.Array, start: jax.Array, count: jax.Array) -> jax.Array:
+    """The words of the first `count` elements of a block of unsigned integers."""
+    rows = block.reshape(-1, _ROW)
+
+    def add_row(row: jax.Array, sums: jax.Array) -> jax.Array:
+        place = row * _ROW + jnp.arange(_ROW)
+        positions = start + place.astype(jnp.uint32)
+        words = rows[row].astype(jnp.uint32)
+        keyed = jnp.stack([_keyed(words, positions, half) for half in _HALVES])
+        return sums + jnp.where(place < count, keyed, 0)
+
+    sums = jax.lax.fori_loop(0, rows.shape[0], add_row, jnp.zeros((2, _ROW), jnp.uint32))
+    return sums.sum(axis=-1, dtype=jnp.uint32)
 
 
 def _by_devices(leaves: dict[str, jax.Array]) -> list[dict[str, jax.Array]]:
@@ -78,12 +108,10 @@ def _sums(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 def fingerprint_words(x: jax.Array) -> jax.Array:
     """The two 32-bit words of one array's fingerprint, uint32 [2]. Pure; runs under jit."""
-    return _sums_of(_as_words(x), np.uint32(0))
-
-
-def _sums_of(words: jax.Array, start: jax.Array | np.uint32) -> jax.Array:
-    positions = _positions(words.shape) + start
-    return jnp.stack([_position_keyed_sum(words, positions, half) for half in _HALVES])
+    words = _as_words(x)
+    positions = _positions(words.shape)
+    sums = [jnp.sum(_keyed(words, positions, half), dtype=jnp.uint32) for half in _HALVES]
+    return jnp.stack(sums)
 
 
 def _as_words(x: jax.Array) -> jax.Array:
@@ -104,11 +132,11 @@ def _as_words(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
 
 
-def _position_keyed_sum(words: jax.Array, positions: jax.Array, half: tuple[int, int]) -> jax.Array:
+def _keyed(words: jax.Array, positions: jax.Array, half: tuple[int, int]) -> jax.Array:
+    """Each word through the bijection of its position."""
     spread, stir = (np.uint32(c) for c in half)
     # Multiplying by an odd number, xor with a constant and xor with an own shift are bijections.
-    keyed = (words ^ _scramble(positions * spread + stir)) * stir
-    return jnp.sum(_scramble(keyed), dtype=jnp.uint32)
+    return _scramble((words ^ _scramble(positions * spread + stir)) * stir)
 
 
 def _scramble(word: jax.Array) -> jax.Array:
@@ -120,13 +148,9 @@ def _scramble(word: jax.Array) -> jax.Array:
 
 def _positions(shape: tuple[int, ...]) -> jax.Array:
     """Each element's row-major index modulo 2**32, built from iotas, which shard with the data."""
+    strides = [math.prod(shape[d + 1 :]) % 2**32 for d in range(len(shape))]
     iotas = [
-        jax.lax.broadcasted_iota(jnp.uint32, shape, d) * stride
-        for d, stride in enumerate(_strides(shape))
+        jax.lax.broadcasted_iota(jnp.uint32, shape, d) * np.uint32(stride)
+        for d, stride in enumerate(strides)
     ]
     return functools.reduce(jnp.add, iotas, jnp.zeros(shape, jnp.uint32))
-
-
-def _strides(shape: tuple[int, ...]) -> list[np.uint32]:
-    """How far apart neighbours along each axis are in row-major order, modulo 2**32."""
-    return [np.uint32(math.prod(shape[d + 1 :]) % 2**32) for d in range(len(shape))]

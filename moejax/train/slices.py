@@ -21,7 +21,7 @@ import numpy as np
 import tensorstore as ts
 
 from moejax.errors import UserError
-from moejax.train.fingerprint import digits, slice_words
+from moejax.train.fingerprint import digits, run_words
 from moejax.train.manifest import Leaf, Manifest, versions
 
 STATE, MANIFEST = "state", "manifest/manifest.json"
@@ -88,7 +88,7 @@ class StoredSlices:
 
     def __getitem__(self, index: Index) -> np.ndarray:
         values = self._array[index].read().result()
-        self._words += np.asarray(_words(values, index, self.shape))
+        self._words += _words(values, index, self.shape)
         self._seen += values.size
         return values
 
@@ -100,15 +100,17 @@ class StoredSlices:
             raise UserError(f"the leaf {self.path} is not what was saved: restore it from a copy")
 
 
-def _words(values: np.ndarray, index: Index, shape: tuple[int, ...]):
-    return slice_words(jnp.asarray(values), jnp.asarray(index, jnp.int32), shape=shape)
+def _words(values: np.ndarray, index: Index, shape: tuple[int, ...]) -> np.ndarray:
+    """What `whole[index]` adds to the fingerprint of `whole`, which has `shape`."""
+    row = int(np.ravel_multi_index(index, shape[: len(index)])) if index else 0
+    return run_words(values, row * math.prod(shape[len(index) :]))
 
 
 def _write_slice(leaf: SourceLeaf, array: ts.TensorStore, index: Index) -> np.ndarray:
     """Writes `leaf[index]`; returns what it adds to the words of the leaf's fingerprint."""
     values = leaf[index]
     written = array[index].write(values)
-    words = np.asarray(_words(values, index, leaf.shape))
+    words = _words(values, index, leaf.shape)
     written.result()
     return words
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from moejax.errors import UserError
-from moejax.train import slices
+from moejax.train import fingerprint, slices
 from moejax.train.checkpoint import Checkpointer
-from moejax.train.fingerprint import digits, fingerprints, slice_words
+from moejax.train.fingerprint import digits, fingerprints, run_words
 from moejax.train.layout import one_device
 from moejax.train.slices import StoredSlices, write_checkpoint
 
@@ -102,16 +102,13 @@ def test_a_flipped_bit_and_a_slice_not_read_are_noticed(written):
         half.check()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "uint32", "float64"])
-def test_words_of_slices_add_up_to_the_fingerprint(dtype):
-    values = np.random.default_rng(1).standard_normal((3, 4, 5)).astype(jnp.dtype(dtype))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "bool", "uint32", "float64"])
+@pytest.mark.parametrize("block", [1024, 2048, 2**20])
+def test_words_of_runs_add_up_to_the_fingerprint(monkeypatch, dtype, block):
+    monkeypatch.setattr(fingerprint, "_BLOCK", block)
+    values = np.random.default_rng(1).standard_normal((3, 4, 500)).astype(jnp.dtype(dtype))
     with jax.enable_x64(dtype == "float64"):
         whole = fingerprints({"x": jnp.asarray(values)})["x"]
-        for depth in range(3):
-            words = np.zeros(2, np.uint32)
-            for index in np.ndindex(values.shape[:depth]):
-                part = jnp.asarray(values[index])
-                words += np.asarray(
-                    slice_words(part, jnp.asarray(index, jnp.int32), shape=values.shape)
-                )
-            assert digits(words) == whole, depth
+    for parts in (values.reshape(1, -1), values.reshape(3, -1), values.reshape(12, -1)):
+        words = sum(run_words(x, i * x.size) for i, x in enumerate(parts))
+        assert digits(words.astype(np.uint32)) == whole
