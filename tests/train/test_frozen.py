@@ -11,9 +11,12 @@ from moejax.config.build import build_config
 from moejax.config.load import load_config
 from moejax.config.overrides import apply_overrides
 from moejax.errors import UserError
+from moejax.experiment import _abstract_batch
 from moejax.train import frozen
+from moejax.train.assemble import assemble
 from moejax.train.checkpoint import Checkpointer
 from moejax.train.init_from import CHECKPOINTS
+from moejax.train.layout import with_sharding
 from moejax.train.loop import train
 from moejax.train.restore import load_variables
 from moejax.train.state import init_state
@@ -127,3 +130,28 @@ def test_a_pattern_that_matches_nothing_is_found_before_data_are_read(tmp_path, 
     experiment = build(tmp_path / "run", cache, 'trainable=["*/rooter/*"]')
     with pytest.raises(UserError, match=r"trainable: the pattern '\*/rooter/\*' matches none"):
         experiment.check()
+
+
+def compiled_step(experiment):
+    """The memory of one compiled step."""
+    mesh = experiment.mesh.build(jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        model = experiment.build_model(264)
+        shapes = jax.eval_shape(model.init, jax.random.key(0))["params"]
+        optimizer = experiment.build_optimizer(shapes)
+        bytes_of = jax.numpy.ones(264, jax.numpy.int32)
+        assembled = assemble(experiment, model, optimizer, mesh, token_bytes=bytes_of)
+        state = with_sharding(jax.eval_shape(assembled.fresh), assembled.shardings)
+        batch = _abstract_batch(experiment.batch_size, experiment.sequence_length)
+        return assembled.train_step.lower(state, batch).compile().memory_analysis()
+
+
+@pytest.mark.slow
+def test_the_last_layers_alone_take_less_memory_than_all(tmp_path, cache):
+    """Neither activations nor gradients of the layers below are kept."""
+    layers = ("model.num_layers=6", "model.boundaries=[5]", "sequence_length=256")
+    last = build(tmp_path / "a", cache, *layers, 'trainable=["layers_5/*"]')
+    whole = build(tmp_path / "b", cache, *layers, 'trainable=["*"]')
+    few, all_of_them = compiled_step(last), compiled_step(whole)
+    assert few.temp_size_in_bytes < 0.6 * all_of_them.temp_size_in_bytes
+    assert few.argument_size_in_bytes < 0.7 * all_of_them.argument_size_in_bytes
