@@ -16,6 +16,7 @@ from flax.linen import initializers
 from jaxtyping import Array, Float
 
 from moejax.errors import UserError
+from moejax.layers import decoding_cache
 from moejax.layers.linear import Linear
 from moejax.layers.norm import RMSNorm
 from moejax.layers.rope import Rope
@@ -114,42 +115,31 @@ class FullAttention(nn.Module):
         self, q: Array, k: Array, v: Array, context: Context, sinks: Array | None
     ) -> Array:
         """Writes k and v at their positions, then attends to every slot up to the query's own."""
-        if context.cache_length is None:
-            raise ValueError("decoding needs context.cache_length, the number of cache slots")
         batch, length, heads, head_dim = k.shape
-        if length > context.cache_length:
-            raise UserError(
-                f"{length} positions do not fit into a cache of {context.cache_length} slots; "
-                "give a larger cache_length"
-            )
-        shape = (batch, context.cache_length, heads, head_dim)
+        shape = (batch, decoding_cache.num_slots(length, context), heads, head_dim)
         keys = self.variable("cache", "cached_key", jnp.zeros, shape, k.dtype)
         values = self.variable("cache", "cached_value", jnp.zeros, shape, v.dtype)
-        # Padding is sent to a slot that does not exist, and dropped.
-        slots = jnp.where(context.token_mask, context.positions, context.cache_length)
-        rows = jnp.arange(batch)[:, None]
-        keys.value = keys.value.at[rows, slots].set(k, mode="drop")
-        values.value = values.value.at[rows, slots].set(v, mode="drop")
-        distance = context.positions[:, :, None] - jnp.arange(context.cache_length)  # [B, S, M]
-        allowed = distance >= 0
-        if context.window is not None:
-            allowed &= distance < context.window
-        out = heads_last(
-            softmax_attention(*heads_first(q, keys.value, values.value), allowed, sinks)
+        keys.value = decoding_cache.write(keys.value, k, context)
+        values.value = decoding_cache.write(values.value, v, context)
+        out = softmax_attention(
+            *heads_first(q, keys.value, values.value), decoding_cache.visible(context), sinks
         )
-        return jnp.where(context.positions[..., None, None] < context.cache_length, out, jnp.nan)
+        return decoding_cache.where_slots_are(heads_last(out), context)
 
 
 def attend(
     q: Float[Array, "B S H N"],
     k: Float[Array, "B S Hkv N"],
-    v: Float[Array, "B S Hkv N"],
+    v: Float[Array, "B S Hkv Nv"],
     context: Context,
     *,
     query_blocks: int = 1,
     sinks: Float[Array, "H"] | None = None,
-) -> Float[Array, "B S H N"]:
+    scale: float | None = None,
+) -> Float[Array, "B S H Nv"]:
     """Causal attention within segments and within `context.window`.
+
+    `sinks` and `scale` are those of `softmax_attention`.
 
     Query block i only meets the keys `[first, last)` that its last query may see and its first
     query's window still reaches, so that skipped blocks cost nothing.
@@ -166,17 +156,18 @@ def attend(
             allowed &= distance < context.window
         segments = context.segment_ids
         same = segments[:, start:stop, None] == segments[:, None, first:stop]  # [B, S, S']
-        keys, values = key[:, :, first:stop], value[:, :, first:stop]
+        block_query, keys = query[..., start:stop, :], key[:, :, first:stop]
+        values = value[:, :, first:stop]
         outputs.append(
-            softmax_attention(query[..., start:stop, :], keys, values, allowed & same, sinks)
+            softmax_attention(block_query, keys, values, allowed & same, sinks, scale=scale)
         )
     return heads_last(jnp.concatenate(outputs, axis=-2))
 
 
 def heads_first(
-    q: Float[Array, "B S H N"], k: Float[Array, "B M Hkv N"], v: Float[Array, "B M Hkv N"]
+    q: Float[Array, "B S H N"], k: Float[Array, "B M Hkv N"], v: Float[Array, "B M Hkv Nv"]
 ) -> tuple[Array, Array, Array]:
-    """(q [B, Hkv, H/Hkv, S, N], k and v [B, Hkv, M, N]).
+    """(q [B, Hkv, H/Hkv, S, N], k [B, Hkv, M, N], v [B, Hkv, M, Nv]).
 
     The barrier keeps norm and rotation of q and k from being computed again for every block of
     queries that reads them.

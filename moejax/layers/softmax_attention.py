@@ -7,6 +7,7 @@ time, as in FlashAttention (Dao et al., arXiv 2205.14135, algorithm 4).
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -21,29 +22,37 @@ from moejax.types import at_least_f32
 def softmax_attention(
     q: Float[Array, "B Hkv Q S N"],
     k: Float[Array, "B Hkv M N"],
-    v: Float[Array, "B Hkv M N"],
+    v: Float[Array, "B Hkv M Nv"],
     allowed: Bool[Array, "B S M"],
     sinks: Float[Array, "H"] | None = None,
-) -> Float[Array, "B Hkv Q S N"]:
-    """softmax(q k^T / sqrt(N)) v over the allowed keys; a query with none allowed gives 0.
+    *,
+    scale: float | None = None,
+) -> Float[Array, "B Hkv Q S Nv"]:
+    """softmax(scale q k^T) v over the allowed keys; a query with none allowed gives 0.
 
     Q = H / Hkv queries share a key. `sinks` are logits of one more key per head, of value 0.
+    `scale` is 1 / sqrt(N) when None; values may have a width Nv of their own.
     Softmax and its sums are in at least float32. There are gradients of the first order, by
     everything but `allowed`. Keys and values must be finite, those that no query may see too:
     `Block` selects padding to zero.
     """
     if sinks is not None:
         sinks = sinks.astype(at_least_f32(q.dtype)).reshape(k.shape[1], -1, 1, 1)
-    return _attention(q, k, v, allowed, sinks)
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    return _attention(scale, q, k, v, allowed, sinks)
 
 
-@jax.custom_vjp
-def _attention(q: Array, k: Array, v: Array, allowed: Array, sinks: Array | None) -> Array:
-    return _forward(q, k, v, allowed, sinks)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(
+    scale: float, q: Array, k: Array, v: Array, allowed: Array, sinks: Array | None
+) -> Array:
+    return _forward(scale, q, k, v, allowed, sinks)[0]
 
 
-def _forward(q: Array, k: Array, v: Array, allowed: Array, sinks: Array | None) -> Any:
-    logits = _logits(q, k, allowed)
+def _forward(
+    scale: float, q: Array, k: Array, v: Array, allowed: Array, sinks: Array | None
+) -> Any:
+    logits = _logits(scale, q, k, allowed)
     peak = logits.max(-1, keepdims=True)
     if sinks is not None:
         peak = jnp.maximum(peak, sinks)
@@ -53,17 +62,17 @@ def _forward(q: Array, k: Array, v: Array, allowed: Array, sinks: Array | None) 
     if sinks is not None:
         total = total + jnp.exp(sinks - peak)
     total = jnp.where(total > 0, total, 1)
-    # Dividing [.., S, N] rather than [.., S, M] is the same and touches less.
-    out = _einsum("bgrm,bgmn->bgrn", _rows(weights.astype(v.dtype)), v).reshape(q.shape) / total
-    out = out.astype(v.dtype)
+    # Dividing [.., S, Nv] rather than [.., S, M] is the same and touches less.
+    out = _einsum("bgrm,bgmn->bgrn", _rows(weights.astype(v.dtype)), v)
+    out = (out.reshape(*q.shape[:-1], v.shape[-1]) / total).astype(v.dtype)
     return out, (q, k, v, allowed, sinks, out, peak, total)
 
 
-def _backward(kept: Any, d_out: Array) -> tuple[Any, ...]:
+def _backward(scale: float, kept: Any, d_out: Array) -> tuple[Any, ...]:
     """With `weights` not yet divided by `total`; `d_out` is divided instead, which is shorter."""
     # Or the compiler would keep the scores of a forward pass that is recomputed beside this one.
     (q, k, v, allowed, sinks, out, peak, total), d_out = jax.lax.optimization_barrier((kept, d_out))
-    weights = jnp.exp(_logits(q, k, allowed) - peak)
+    weights = jnp.exp(_logits(scale, q, k, allowed) - peak)
     d_out = d_out.astype(total.dtype) / total
     # The sum over keys of weights * d_weights, without forming it.
     mean = jnp.sum(d_out * out.astype(total.dtype), axis=-1, keepdims=True)
@@ -71,7 +80,6 @@ def _backward(kept: Any, d_out: Array) -> tuple[Any, ...]:
     d_v = _einsum("bgrm,bgrn->bgmn", _rows(weights.astype(v.dtype)), d_out)
     d_weights = _einsum("bgrn,bgmn->bgrm", d_out, v).reshape(weights.shape)
     d_logits = _rows((weights * (d_weights - mean)).astype(q.dtype))
-    scale = 1.0 / math.sqrt(q.shape[-1])
     d_q = scale * _einsum("bgrm,bgmn->bgrn", d_logits, k).reshape(q.shape)
     d_k = scale * _einsum("bgrm,bgrn->bgmn", d_logits, _rows(q))
     d_sinks = None
@@ -84,10 +92,9 @@ def _backward(kept: Any, d_out: Array) -> tuple[Any, ...]:
 _attention.defvjp(_forward, _backward)
 
 
-def _logits(q: Array, k: Array, allowed: Array) -> Array:
+def _logits(scale: float, q: Array, k: Array, allowed: Array) -> Array:
     """`[B, Hkv, Q, S, M]`, -inf where not allowed."""
-    scaled = _rows(q * (1.0 / math.sqrt(q.shape[-1])))
-    logits = _einsum("bgrn,bgmn->bgrm", scaled, k).reshape(*q.shape[:-1], -1)
+    logits = _einsum("bgrn,bgmn->bgrm", _rows(q * scale), k).reshape(*q.shape[:-1], -1)
     return jnp.where(allowed[:, None, None], logits, -jnp.inf)
 
 

@@ -1,5 +1,7 @@
 """Softmax attention against its formula, differentiated by JAX, in float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +12,10 @@ from moejax.layers.softmax_attention import softmax_attention
 BATCH, KV_HEADS, SHARED, QUERIES, KEYS, WIDTH = 2, 2, 3, 5, 7, 4
 
 
-def formula(q, k, v, allowed, sinks=None):
+def formula(q, k, v, allowed, sinks=None, scale=None):
     """As in the paper, one expression at a time."""
-    logits = jnp.einsum("bgqsn,bgmn->bgqsm", q, k) / np.sqrt(q.shape[-1])
+    scale = 1 / np.sqrt(q.shape[-1]) if scale is None else scale
+    logits = scale * jnp.einsum("bgqsn,bgmn->bgqsm", q, k)
     logits = jnp.where(allowed[:, None, None], logits, -jnp.inf)
     if sinks is not None:
         beside = jnp.broadcast_to(sinks.reshape(KV_HEADS, SHARED, 1, 1), (*logits.shape[:-1], 1))
@@ -47,6 +50,21 @@ def test_value_and_gradients_are_the_formulas(sinks):
         got = value_and_gradients(softmax_attention, *inputs, sinks=sinks)
         expected = value_and_gradients(formula, *inputs, sinks=sinks)
     assert all(a.dtype == np.float64 for a in got)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("width", [2, 6])
+def test_values_have_a_width_of_their_own_and_the_scale_may_be_another(width):
+    with jax.enable_x64(True):
+        (q, k, v, sinks), allowed, cotangent = case(jnp.float64)
+        resized = lambda x: jnp.concatenate([x, x + 1], axis=-1)[..., :width]
+        inputs = (q, k, resized(v), sinks), allowed, resized(cotangent)
+        got = value_and_gradients(
+            functools.partial(softmax_attention, scale=0.9), *inputs, sinks=True
+        )
+        expected = value_and_gradients(functools.partial(formula, scale=0.9), *inputs, sinks=True)
+    assert got[0].shape[-1] == width
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13)
 
