@@ -1,7 +1,8 @@
 """A linear projection: the prototype that adapters replace.
 
 Attention and MLPs hold one unbound `linear` and `copy` it for every projection, so that a LoRA
-or any other adapter is put in by swapping that one prototype.
+or any other adapter is put in by swapping that one prototype. An adapter that multiplies every
+token by the same matrix says which in a method `matrix`, as `Linear` does: see `matrix_of`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from flax.linen import initializers
 from jaxtyping import Array, Float
 
+from moejax.errors import UserError
 from moejax.kernels import compat
 from moejax.types import Context
 
@@ -49,3 +51,23 @@ class Linear(nn.Module):
             zeros = nn.with_logical_partitioning(initializers.zeros, self.axes[1:])
             y = y + self.param("bias", zeros, (self.features,), jnp.float32).astype(x.dtype)
         return y
+
+    def matrix(self, dtype: Any) -> Float[Array, "K N"]:
+        """W, of a module whose parameters exist."""
+        return jnp.asarray(nn.meta.unbox(self.get_variable("params", "kernel")), dtype)
+
+
+def matrix_of(linear: nn.Module, dtype: Any) -> Float[Array, "K N"]:
+    """The W of a bound projection `x W`, for a caller that multiplies in another order.
+
+    Raises UserError where the class that defines `__call__` defines no `matrix` beside it: one that
+    is inherited would be that of another product.
+    """
+    owner = next(cls for cls in type(linear).__mro__ if "__call__" in vars(cls))
+    if "matrix" not in vars(owner):
+        raise UserError(
+            f"{type(linear).__name__} defines no method matrix(dtype): the projection "
+            f"{linear.name!r} is multiplied in another order here, which needs the one matrix that "
+            "every token is multiplied by"
+        )
+    return linear.matrix(dtype)

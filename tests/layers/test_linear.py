@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.layers.linear import Linear
+from moejax.errors import UserError
+from moejax.layers.linear import Linear, matrix_of
 from moejax.verification.contracts.cases import make_context, quick_jit
 
 CONTEXT = make_context([[True]])
@@ -34,3 +35,27 @@ def test_initialisation_has_variance_one_over_fan_in_whatever_x64_says():
     with jax.enable_x64(True):
         again = np.asarray(nn.meta.unbox(draw())["kernel"])
     np.testing.assert_array_equal(again, kernel)
+
+
+class _Doubled(Linear):
+    """Multiplies by another matrix than the `matrix` that it inherits."""
+
+    def __call__(self, x, context):
+        return 2 * Linear.__call__(self, x, context)
+
+
+class _DoubledSaysSo(_Doubled):
+    def __call__(self, x, context):
+        return _Doubled.__call__(self, x, context)
+
+    def matrix(self, dtype):
+        return 2 * Linear.matrix(self, dtype)
+
+
+def test_a_matrix_is_that_of_the_call_or_none():
+    params = {"params": {"kernel": jnp.arange(6.0).reshape(3, 2)}}
+    for layer in (Linear(features=2), _DoubledSaysSo(features=2)):
+        kernel = nn.apply(lambda bound: matrix_of(bound, jnp.float32), layer)(params)
+        np.testing.assert_array_equal(kernel, layer.apply(params, jnp.eye(3), CONTEXT))
+    with pytest.raises(UserError, match=r"_Doubled defines no method matrix\(dtype\)"):
+        nn.apply(lambda bound: matrix_of(bound, jnp.float32), _Doubled(features=2))(params)
