@@ -117,17 +117,17 @@ class YarnScaling:
         divide = np.clip((np.arange(d_rotary // 2) - low) / span, 0.0, 1.0)
         return divide * inverse / self.factor + (1 - divide) * inverse
 
+    def magnitude(self, scale: float) -> float:
+        """m(scale), by which YaRN keeps the softmax of a longer context as sharp."""
+        return 0.1 * scale * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+
     def amplitude(self) -> float:
         """What cos and sin are multiplied by; its square multiplies the attention logits."""
-
-        def magnitude(scale: float) -> float:
-            return 0.1 * scale * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
-
         if self.attention_factor is not None:
             return self.attention_factor
         if self.mscale and self.mscale_all_dim:
-            return magnitude(self.mscale) / magnitude(self.mscale_all_dim)
-        return magnitude(1.0)
+            return self.magnitude(self.mscale) / self.magnitude(self.mscale_all_dim)
+        return self.magnitude(1.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

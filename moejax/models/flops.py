@@ -1,10 +1,10 @@
 """Model FLOPs: what the mathematics of one training step needs, whatever the hardware does.
 
 6 per active matmul weight and token (2 forward, 4 backward), and for causal attention
-12 * keys * H * N per layer and token, where keys is the mean number of keys a query may see
-(scores and values, 2 each forward and 4 backward). Chowdhery et al., "PaLM", arXiv 2204.02311,
-appendix B, with the causal half not counted. Recomputation under remat is not useful work and is
-not counted.
+12 * keys * H * N per layer and token, where keys is the mean number of keys a query may see and N
+the mean width of a key and a value (scores and values, 2 each forward and 4 backward). Chowdhery
+et al., "PaLM", arXiv 2204.02311, appendix B, with the causal half not counted. Recomputation under
+remat is not useful work and is not counted.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def size(model: Transformer, sequence_length: int) -> Size:
 def _attention_flops(model: Transformer, sequence_length: int) -> float:
     attention = model.block.attention
     heads = getattr(attention, "num_heads", 0)
-    width = heads * (getattr(attention, "head_dim", None) or model.d_model // max(heads, 1))
+    one = getattr(attention, "head_dim", None) or model.d_model // max(heads, 1)
+    key, value = getattr(attention, "head_widths", (one, one))
+    width = heads * (key + value) / 2
     total = 0.0
     for index in range(model.num_layers):
         window = model.windows[index % len(model.windows)] or sequence_length

@@ -2,6 +2,7 @@
 
 import pytest
 
+from moejax.attention.mla import MultiHeadLatentAttention
 from moejax.experts.dense import DenseGLU
 from moejax.experts.glu import GLU
 from moejax.models.flops import size
@@ -53,3 +54,14 @@ def test_windows_and_dense_layers():
     matmul = 2 * ATTENTION + 3 * 16 * 6 + ROUTER + SHARED + 2 * ONE_EXPERT + 24 * 16
     visible = (1 + 2 + 3 * 8) / LENGTH + VISIBLE
     assert got.train_flops_per_token == pytest.approx(6 * matmul + 12 * visible * 16)
+
+
+def test_latent_attention_has_keys_and_values_of_different_widths():
+    attention = MultiHeadLatentAttention(
+        num_heads=4, kv_lora_rank=6, q_lora_rank=5, nope_head_dim=3, rope_head_dim=2, v_head_dim=7
+    )
+    got = size(dense(attention=attention), LENGTH)
+    matrices = 16 * 5 + 5 * 4 * 5 + 16 * (6 + 2) + 6 * 4 * (3 + 7) + 4 * 7 * 16 + 3 * 16 * 8
+    assert got.params == matrices + (5 + 6) + NORMS + 2 * 24 * 16 + 16
+    visible = VISIBLE * 4 * (6 * (3 + 2) + 6 * 7)
+    assert got.train_flops_per_token == pytest.approx(6 * (matrices + 24 * 16) + visible)
