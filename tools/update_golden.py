@@ -3,7 +3,7 @@
     python tools/update_golden.py
 
 Inverse frequencies of every RoPE scaling rule, the selections and weights of six routers, and the
-logits of six tiny random models with their parameters in moejax's layout. Weights are stored as
+logits of eight tiny random models with their parameters in moejax's layout. Weights are stored as
 integers on a grid, so the fixtures are small and exact. Running it again changes nothing
 unless transformers changed; commit what it writes together with what you learnt about why.
 """
@@ -14,6 +14,9 @@ import functools
 import json
 import math
 import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
@@ -25,6 +28,8 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.olmoe.modeling_olmoe import OlmoeTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
+
+from tools.golden_names import converted
 
 GOLDEN = pathlib.Path(__file__).resolve().parent.parent / "tests" / "golden"
 GRID = 32  # stored integers of the models are this many times the value
@@ -141,10 +146,13 @@ _TINY = {
     "tie_word_embeddings": False,
 }
 _NARROW = {"intermediate_size": 12, "moe_intermediate_size": 8}
+_LATENT = {key: value for key, value in _TINY.items() if key != "head_dim"} | _NARROW
+_LATENT |= {"num_key_value_heads": 4, "n_shared_experts": 2, "first_k_dense_replace": 1}
+_LATENT |= {"kv_lora_rank": 10, "qk_nope_head_dim": 6, "qk_rope_head_dim": 8, "v_head_dim": 5}
 
 
 def model_configs() -> dict[str, transformers.PretrainedConfig]:
-    """Six families that between them use every option of the model."""
+    """Eight families that between them use every option of the model."""
     return {
         "mixtral": transformers.MixtralConfig(
             **_TINY, intermediate_size=8, num_local_experts=4, sliding_window=5
@@ -185,10 +193,36 @@ def model_configs() -> dict[str, transformers.PretrainedConfig]:
                 "original_max_position_embeddings": 64,
             },
         ),
+        "deepseek_v2": transformers.DeepseekV2Config(
+            **_LATENT,
+            q_lora_rank=None,
+            n_routed_experts=8,
+            topk_method="group_limited_greedy",
+            n_group=4,
+            topk_group=2,
+            routed_scaling_factor=4.0,
+            attention_bias=True,
+        ),
+        "deepseek_v3": transformers.DeepseekV3Config(
+            **_LATENT | {"max_position_embeddings": 640},
+            q_lora_rank=12,
+            n_routed_experts=8,
+            n_group=2,
+            topk_group=1,
+            num_mtp_layers=0,
+            rope_parameters={
+                "rope_type": "yarn",
+                "rope_theta": 10_000.0,
+                "factor": 40.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 0.7,
+                "original_max_position_embeddings": 16,
+            },
+        ),
     }
 
 
-def model_goldens(name: str, config: transformers.PretrainedConfig, seed: int) -> dict:
+def model_goldens(config: transformers.PretrainedConfig, seed: int) -> dict:
     """Tokens, logits, and parameters by moejax path with the layer's index in front.
 
     One array holds all parameters, in the order of `layout`: {path: shape}.
@@ -213,7 +247,7 @@ def model_goldens(name: str, config: transformers.PretrainedConfig, seed: int) -
     }
     for key, value in stored.items():
         _, _, index, path = key.split(".", 3)
-        params |= {f"{index}/{p}": v for p, v in _converted(path, value, name).items()}
+        params |= {f"{index}/{p}": v for p, v in converted(path, value, config).items()}
     return {
         "tokens": tokens.astype(np.int32),
         "logits": logits,
@@ -222,66 +256,13 @@ def model_goldens(name: str, config: transformers.PretrainedConfig, seed: int) -
     }
 
 
-_PROJECTIONS = {
-    "q_proj": "query",
-    "k_proj": "key",
-    "v_proj": "value",
-    "o_proj": "output",
-    "q_norm": "query_norm",
-    "k_norm": "key_norm",
-    "gate_proj": "gate",
-    "up_proj": "up",
-    "down_proj": "down",
-    "input_layernorm": "attention_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-_PARENTS = {
-    "self_attn": "attention",
-    "mlp": "ffn",
-    "gate": "router",
-    "shared_expert": "shared",
-    "shared_experts": "shared",
-}
-
-
-def _converted(path: str, value: np.ndarray, name: str) -> dict[str, np.ndarray]:
-    """{moejax path within the layer: array} for one Hugging Face leaf."""
-    *parents, leaf = path.split(".")
-    if parents[-1] == "experts":
-        return _experts(leaf, value, interleaved=name == "gpt_oss")
-    if leaf == "e_score_correction_bias":
-        return {"ffn/correction_bias": value}
-    if parents[-1] == "shared_expert_gate":
-        return {"ffn/shared/shared_gate/kernel": value.T}
-    if leaf == "sinks":
-        return {"attention/sinks": value}
-    parts = [_PROJECTIONS.get(p, _PARENTS.get(p, p)) for p in parents]
-    if leaf == "weight":
-        leaf = "scale" if "norm" in parents[-1] else "kernel"
-    return {"/".join([*parts, leaf]): value.T if value.ndim == 2 else value}
-
-
-def _experts(leaf: str, value: np.ndarray, *, interleaved: bool) -> dict[str, np.ndarray]:
-    """Splits gate and up, and puts the input axis before the output axis."""
-    suffix = "_bias" if leaf.endswith("_bias") else ""
-    if not interleaved:
-        value = value.swapaxes(1, 2)  # [E, in, out]
-    if leaf.startswith("down"):
-        return {f"ffn/experts/down{suffix}": value}
-    if interleaved:
-        gate, up = value[..., ::2], value[..., 1::2]
-    else:
-        gate, up = np.split(value, 2, axis=-1)
-    return {f"ffn/experts/gate{suffix}": gate, f"ffn/experts/up{suffix}": up}
-
-
 def main() -> None:
     """Writes every fixture and says how large each is."""
     GOLDEN.mkdir(exist_ok=True)
     (GOLDEN / "rope.json").write_text(json.dumps(rope_goldens(), indent=1) + "\n")
     np.savez_compressed(GOLDEN / "routers.npz", **router_goldens())
     for seed, (name, config) in enumerate(model_configs().items()):
-        np.savez_compressed(GOLDEN / f"{name}.npz", **model_goldens(name, config, seed))
+        np.savez_compressed(GOLDEN / f"{name}.npz", **model_goldens(config, seed))
     for path in sorted(GOLDEN.iterdir()):
         print(f"{path.name:20} {path.stat().st_size:7} bytes")
 

@@ -29,6 +29,7 @@ class Architecture:
       template: a config of `Transformer` with what is fixed in this architecture.
       fields: what config.json says about the rest; read in this order.
       tensors: how every leaf is stored.
+      tensors_of: the same for leaves about whose storage config.json has a say.
       skipped: prefixes of tensors that transformers does not load either, given the number of
         layers.
     """
@@ -37,6 +38,7 @@ class Architecture:
     template: Callable[[], fdl.Config]
     fields: tuple[FieldLike, ...]
     tensors: Tensors
+    tensors_of: Callable[[ConfigJson], Tensors] = lambda source: {}
     skipped: Callable[[int], tuple[str, ...]] = lambda num_layers: ()
 
     def config(self, source: ConfigJson) -> fdl.Config:
@@ -65,7 +67,11 @@ def named(model_type: str) -> Architecture:
 
 
 def of(source: ConfigJson) -> Architecture:
-    """The architecture of a config.json; UserError where it is none of ours or quantised."""
+    """The architecture of a config.json, with all its tensors.
+
+    Raises:
+      UserError: it is none of ours, or quantised.
+    """
     model_type = source.get("model_type")
     if model_type not in known():
         raise source.refuse(
@@ -78,4 +84,6 @@ def of(source: ConfigJson) -> Architecture:
             f"weights quantised by the method {method!r} cannot be read: store them in bfloat16, "
             "float16 or float32 first"
         )
-    return named(model_type)
+    architecture = named(model_type)
+    tensors = architecture.tensors | architecture.tensors_of(source)
+    return dataclasses.replace(architecture, tensors=tensors)

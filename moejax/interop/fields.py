@@ -93,6 +93,20 @@ class Only:
         return {} if self.value is None else {self.key: self.value}
 
 
+@dataclasses.dataclass(frozen=True)
+class Stated:
+    """A value about which the model says nothing: any is read, and `value` written unless None."""
+
+    key: str
+    value: Any = None
+
+    def read(self, source: ConfigJson, config: fdl.Config) -> None:
+        source.get(self.key, None)
+
+    def write(self, model: Any) -> Json:
+        return {} if self.value is None else {self.key: self.value}
+
+
 def _set(config: fdl.Config, paths: tuple[str, ...], value: Any) -> None:
     for path in paths:
         *parents, name = path.split(".")
@@ -215,6 +229,23 @@ def _dense_width(model: Any) -> Json:
     """A model without dense layers has no width for them; its files state the experts'."""
     width = value_at(model, ["dense_ffn", "d_ff"])
     return {"intermediate_size": width or value_at(model, ["block", "ffn", "experts", "d_ff"])}
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedExperts:
+    """Several shared experts are one of their widths' sum."""
+
+    default: Any = REQUIRED
+
+    def read(self, source: ConfigJson, config: fdl.Config) -> None:
+        width = source.get("moe_intermediate_size")
+        config.block.ffn.shared.d_ff = width * source.get("n_shared_experts", self.default)
+
+    def write(self, model: Any) -> Json:
+        experts, shared = (
+            value_at(model, ["block", "ffn", part, "d_ff"]) for part in ("experts", "shared")
+        )
+        return {"n_shared_experts": shared // experts} if experts and shared else {}
 
 
 def value_at(tree: Any, names: list[str]) -> Any:

@@ -1,13 +1,14 @@
 """How an array of ours lies inside a tensor of a checkpoint: transposed, a half, every second.
 
-All of these are numpy views, so one definition reads and writes: what a view shows of a tensor
-is our array, and what is assigned to a view of an empty tensor is stored. The round trip is
-exact because nothing is ever computed.
+All of these are numpy views, or can be read and written like one (`Reordered`), so one definition
+does both: what a view shows of a tensor is our array, and what is copied into a view of an empty
+tensor is stored. The round trip is exact because nothing is ever computed.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -67,14 +68,67 @@ class Every(View):
         return slice(self.index, size, self.num_parts)
 
 
-def copy_into(target: np.ndarray, source: np.ndarray) -> None:
+@dataclasses.dataclass(frozen=True)
+class Reordered:
+    """`array[..., order]`, of which numpy has no view; `order` holds every entry once."""
+
+    array: np.ndarray
+    order: np.ndarray
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the array."""
+        return self.array.dtype
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        """A copy of the entries at `index`, a slice for every axis; no others are read."""
+        *others, last = index
+        # Tensors are stored with their outputs first, so these are whole rows in the file.
+        rows = _bits(self.array[tuple(others)]).T
+        return rows[self.order[last]].T.view(self.dtype)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self[(slice(None),) * self.array.ndim], dtype)
+
+    def fill(self, values: np.ndarray) -> None:
+        """Stores `values`, a whole array of ours."""
+        rows = np.empty(self.array.T.shape, self.dtype)
+        copy_into(rows.T, values)
+        _bits(self.array).T[self.order] = _bits(rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs(View):
+    """The last axis is heads of `kept` entries and `rotated` ones, stored in another order.
+
+    Our rotary embedding turns the entries i and i + rotated/2 of a head by one angle, DeepSeek's
+    the entries 2i and 2i + 1 (`rope_interleave`). Scores are the same if queries and keys are both
+    reordered.
+    """
+
+    kept: int = 0
+    rotated: int = 2
+
+    def __call__(self, tensor: np.ndarray) -> Reordered:
+        """Our array; `tensor` is written through it."""
+        turned = super().__call__(tensor)
+        heads = np.arange(turned.shape[-1]).reshape(-1, self.kept + self.rotated)
+        first, second = heads[:, self.kept :: 2], heads[:, self.kept + 1 :: 2]
+        order = np.concatenate([heads[:, : self.kept], first, second], axis=1).ravel()
+        return Reordered(turned, order)
+
+
+def copy_into(target: np.ndarray | Reordered, source: np.ndarray | Reordered) -> None:
     """`target[...] = source`, several times faster where one of them is transposed.
 
     Values of one dtype are moved as bits: numpy copies its own integers faster than bfloat16.
     """
+    source = np.asarray(source)
+    if isinstance(target, Reordered):
+        target.fill(source)
+        return
     if target.dtype == source.dtype:
-        bits = np.dtype(f"u{target.itemsize}")
-        target, source = target.view(bits), source.view(bits)
+        target, source = _bits(target), _bits(source)
     if target.ndim < 2 or _row_major(target) == _row_major(source):
         target[...] = source
         return
@@ -84,6 +138,10 @@ def copy_into(target: np.ndarray, source: np.ndarray) -> None:
             tile = (slice(row, row + _TILE), slice(column, column + _TILE))
             for index in np.ndindex(target.shape[:-2]):
                 target[index + tile] = source[index + tile]
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    return array.view(np.dtype(f"u{array.itemsize}"))
 
 
 def _row_major(array: np.ndarray) -> bool:

@@ -1,4 +1,4 @@
-"""Directories of six architectures are read and written without changing a bit."""
+"""Directories of eight architectures are read and written without changing a bit."""
 
 import dataclasses
 import json
@@ -64,6 +64,8 @@ def test_a_directory_loaded_and_saved_has_the_same_bytes(name, dtype, tmp_path):
 
 
 NAMES = {
+    "deepseek_v2": ("model.layers.1.self_attn.kv_a_proj_with_mqa.bias", (18,)),
+    "deepseek_v3": ("model.layers.0.self_attn.q_b_proj.weight", (56, 12)),
     "glm4_moe": ("model.layers.1.mlp.shared_experts.up_proj.weight", (8, 16)),
     "gpt_oss": ("model.layers.1.mlp.experts.gate_up_proj_bias", (4, 16)),
     "mixtral": ("model.layers.1.block_sparse_moe.experts.3.w2.weight", (16, 8)),

@@ -1,4 +1,4 @@
-"""Six families of transformers, tiny and random: the same weights give the same logits."""
+"""Eight families of transformers, tiny and random: the same weights give the same logits."""
 
 import json
 import pathlib
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from moejax.attention.full import FullAttention
+from moejax.attention.mla import MultiHeadLatentAttention
 from moejax.balance.loss_free import LossFreeBias
 from moejax.balance.unbalanced import Unbalanced
 from moejax.experts.dense import DenseGLU
@@ -26,13 +27,17 @@ GRID = 32  # the golden files store multiples of 1/32
 
 
 def _model(attention, *, router=None, epsilon=1e-6, moe=None, **options):
-    heads = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8} | attention
-    layer = {"experts": GLU(d_ff=8), "balance": (Unbalanced(),)} | (moe or {})
-    ffn = MoE(num_experts=4, router=router or TopK(k=2), transport=Local(), **layer)
-    norm = RMSNorm(epsilon=epsilon)
-    block = Block(attention=FullAttention(**heads), ffn=ffn, norm=norm)
+    if isinstance(attention, dict):
+        heads = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+        attention = FullAttention(**heads | attention)
+    layer = {"num_experts": 4, "experts": GLU(d_ff=8), "balance": (Unbalanced(),)} | (moe or {})
+    ffn = MoE(router=router or TopK(k=2), transport=Local(), **layer)
+    block = Block(attention=attention, ffn=ffn, norm=RMSNorm(epsilon=epsilon))
     return Transformer(num_layers=2, d_model=16, vocab_size=24, block=block, **options)
 
+
+LATENT = {"kv_lora_rank": 10, "nope_head_dim": 6, "rope_head_dim": 8, "v_head_dim": 5}
+MSCALES = {"mscale": 1.0, "mscale_all_dim": 0.7}
 
 MODELS = {
     "mixtral": _model({"rope": Rope(theta=1e6)}, epsilon=1e-5, windows=(5,)),
@@ -73,6 +78,32 @@ MODELS = {
         moe={"experts": GLU(d_ff=8, activation="swiglu_clamped", use_bias=True)},
         epsilon=1e-5,
         windows=(5, None),
+    ),
+    "deepseek_v2": _model(
+        MultiHeadLatentAttention(num_heads=4, use_bias=True, **LATENT),
+        router=TopK(
+            k=2,
+            normalise="before",
+            scale=4.0,
+            num_groups=4,
+            num_groups_kept=2,
+            group_score="max",
+        ),
+        moe={"num_experts": 8, "shared": DenseGLU(d_ff=16)},
+        first_k_dense=1,
+        dense_ffn=DenseGLU(d_ff=12),
+    ),
+    "deepseek_v3": _model(
+        MultiHeadLatentAttention(
+            num_heads=4,
+            q_lora_rank=12,
+            rope=Rope(scaling=YarnScaling(factor=40.0, original_context=16, **MSCALES)),
+            **LATENT,
+        ),
+        router=TopK(k=2, score="sigmoid", scale=2.5, num_groups=2, num_groups_kept=1),
+        moe={"num_experts": 8, "shared": DenseGLU(d_ff=16), "balance": (LossFreeBias(),)},
+        first_k_dense=1,
+        dense_ffn=DenseGLU(d_ff=12),
     ),
 }
 

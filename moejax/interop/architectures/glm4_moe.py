@@ -6,17 +6,13 @@ package loads it.
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
-
 import fiddle as fdl
 
 from moejax.balance.loss_free import LossFreeBias
 from moejax.experts.dense import DenseGLU
 from moejax.interop import llama_style as llama
 from moejax.interop.architecture import Architecture
-from moejax.interop.config_json import ConfigJson
-from moejax.interop.fields import DenseFirst, Field, Json, value_at
+from moejax.interop.fields import DenseFirst, Field, SharedExperts
 from moejax.interop.rope_fields import RopeField
 from moejax.interop.views import Form
 from moejax.layers.norm import RMSNorm
@@ -30,21 +26,6 @@ def _template() -> fdl.Config:
     config.block.ffn.shared = fdl.Config(DenseGLU)
     config.block.ffn.balance = (fdl.Config(LossFreeBias),)
     return config
-
-
-@dataclasses.dataclass(frozen=True)
-class _SharedExperts:
-    """Several shared experts are one of their widths' sum."""
-
-    def read(self, source: ConfigJson, config: fdl.Config) -> None:
-        width, number = source.get("moe_intermediate_size"), source.get("n_shared_experts", 1)
-        config.block.ffn.shared.d_ff = width * number
-
-    def write(self, model: Any) -> Json:
-        experts, shared = (
-            value_at(model, ["block", "ffn", part, "d_ff"]) for part in ("experts", "shared")
-        )
-        return {"n_shared_experts": shared // experts} if experts and shared else {}
 
 
 def _norm(used: bool) -> fdl.Config | None:
@@ -71,7 +52,7 @@ ARCHITECTURE = Architecture(
         llama.attention_bias(output=False, default=False),
         Field("n_routed_experts", ("block.ffn.num_experts",)),
         Field("moe_intermediate_size", ("block.ffn.experts.d_ff",)),
-        _SharedExperts(),
+        SharedExperts(default=1),
         Field("routed_scaling_factor", (f"{_ROUTER}.scale",), default=1.0, decode=float),
         Field("n_group", (f"{_ROUTER}.num_groups",), default=1),
         Field("topk_group", (f"{_ROUTER}.num_groups_kept",), default=1),
