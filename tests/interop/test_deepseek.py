@@ -12,8 +12,14 @@ from moejax.errors import UserError
 from moejax.interop import hf
 from moejax.layers.rope import Rope, YarnScaling
 from moejax.models.flops import size
-from tests.interop.tiny_checkpoints import MODELS, edit_config, edit_tensors, tensors, written
-from tests.models.test_hf_parity import GOLDEN
+from tests.interop.tiny_checkpoints import (
+    MODELS,
+    edit_config,
+    edit_tensors,
+    tensors,
+    variables,
+    written,
+)
 
 YARN = {
     "beta_fast": 32,
@@ -197,21 +203,27 @@ def test_part_of_the_rotated_part_cannot_be_left_out(tmp_path):
         hf.load(tmp_path / "hf")
 
 
-def test_rotated_outputs_are_pairs_in_the_file_and_halves_here(tmp_path):
-    """Against the golden parameters, which were reordered by other code."""
-    directory = written("deepseek_v3", tmp_path / "hf")
-    golden = np.load(GOLDEN / "deepseek_v3.npz")
-    layout = json.loads(str(golden["layout"]))
-    start = 0
-    for path, shape in layout.items():
-        stop = start + int(np.prod(shape))
-        if path == "1/attention/kv_down/kernel":
-            ours = golden["params"][start:stop].reshape(shape) / np.float32(32)
-        start = stop
-    theirs = tensors(directory)["model.layers.1.self_attn.kv_a_proj_with_mqa.weight"].T
-    np.testing.assert_array_equal(theirs[:, :10], ours[:, :10])
-    np.testing.assert_array_equal(theirs[:, 10::2], ours[:, 10:14])
-    np.testing.assert_array_equal(theirs[:, 11::2], ours[:, 14:])
+@pytest.mark.parametrize(
+    "name, leaf, tensor, kept",
+    [
+        ("deepseek_v2", "query/kernel", "q_proj.weight", 6),
+        ("deepseek_v2", "kv_down/kernel", "kv_a_proj_with_mqa.weight", 10),
+        ("deepseek_v2", "kv_down/bias", "kv_a_proj_with_mqa.bias", 10),
+        ("deepseek_v3", "query_up/kernel", "q_b_proj.weight", 6),
+        ("deepseek_v3", "kv_down/kernel", "kv_a_proj_with_mqa.weight", 10),
+    ],
+)
+def test_rotated_outputs_are_pairs_in_the_file_and_halves_here(name, leaf, tensor, kept, tmp_path):
+    params = variables(name)["params"]["layers_1"]["attention"]
+    module, kind = leaf.split("/")
+    ours = params[module][kind][0].T
+    stored = tensors(written(name, tmp_path / "hf"))[f"model.layers.1.self_attn.{tensor}"]
+    assert stored.shape == ours.shape
+    for start in range(0, len(ours), kept + 8):
+        head, theirs = (x[start : start + kept + 8] for x in (ours, stored))
+        np.testing.assert_array_equal(theirs[:kept], head[:kept])
+        np.testing.assert_array_equal(theirs[kept::2], head[kept : kept + 4])
+        np.testing.assert_array_equal(theirs[kept + 1 :: 2], head[kept + 4 :])
 
 
 def test_the_layer_that_predicts_further_tokens_is_left_out_and_said_to_be(tmp_path, caplog):
