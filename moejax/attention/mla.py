@@ -20,6 +20,9 @@ from moejax.layers.rope import Rope, YarnScaling
 from moejax.layers.softmax_attention import softmax_attention
 from moejax.types import Context
 
+# A latent is small and whole on every device; "embed" splits the matrices on both sides of it.
+_INTO_LATENT, _INTO_HEADS = ("embed", None), ("embed", "heads")
+
 
 class MultiHeadLatentAttention(nn.Module):
     """Attention whose heads expand a shared latent, and share one rotated key.
@@ -73,29 +76,13 @@ class MultiHeadLatentAttention(nn.Module):
         self._check()
         batch, length, d_model = x.shape
         heads, nope = self.num_heads, self.nope_head_dim
-
-        def linear(name: str, features: int, axes: tuple, *, use_bias: bool = False) -> nn.Module:
-            return self.linear.copy(features=features, use_bias=use_bias, axes=axes, name=name)
-
-        rotate = lambda part: part if self.rope is None else self.rope(part, context.positions)
-        # A latent is small and whole on every device; "embed" splits the matrices that leave it.
-        split = ("embed", "heads")
-        width = heads * (nope + self.rope_head_dim)
-        if self.q_lora_rank is None:
-            q = linear("query", width, split)(x, context)
-        else:
-            down = linear("query_down", self.q_lora_rank, ("embed", None), use_bias=self.use_bias)
-            latent = self.latent_norm.copy(name="query_norm")(down(x, context))
-            q = linear("query_up", width, split)(latent, context)
-        q = q.reshape(batch, length, heads, -1)
-        q, q_rotated = q[..., :nope], rotate(q[..., nope:])
-
-        down_width = self.kv_lora_rank + self.rope_head_dim
-        down = linear("kv_down", down_width, ("embed", None), use_bias=self.use_bias)(x, context)
+        q, q_rotated = self._queries(x, context)
+        width = self.kv_lora_rank + self.rope_head_dim
+        down = self._linear("kv_down", width, _INTO_LATENT, self.use_bias)(x, context)
         latent = self.latent_norm.copy(name="kv_norm")(down[..., : self.kv_lora_rank])
-        k_rotated = rotate(down[..., None, self.kv_lora_rank :])  # [B, S, 1, rope_head_dim]
+        k_rotated = self._rotate(down[..., None, self.kv_lora_rank :], context)  # of one head
 
-        kv_up = linear("kv_up", heads * (nope + self.v_head_dim), split)
+        kv_up = self._linear("kv_up", heads * (nope + self.v_head_dim), _INTO_HEADS)
         if context.decode and not self.is_initializing():
             cached = self._cache(jnp.concatenate([latent, k_rotated[:, :, 0]], -1), context)
             up = matrix_of(kv_up, x.dtype).reshape(self.kv_lora_rank, heads, -1)
@@ -103,17 +90,33 @@ class MultiHeadLatentAttention(nn.Module):
         else:
             kv = kv_up(latent, context).reshape(batch, length, heads, -1)
             q = jnp.concatenate([q, q_rotated], -1)
-            k = [kv[..., :nope], jnp.broadcast_to(k_rotated, q_rotated.shape)]
-            out = attend(
-                q,
-                jnp.concatenate(k, -1),
-                kv[..., nope:],
-                context,
-                query_blocks=self.query_blocks,
-                scale=self._scale(),
-            )
-        output = linear("output", d_model, ("heads", "embed"), use_bias=self.use_bias)
+            k_rotated = jnp.broadcast_to(k_rotated, q_rotated.shape)
+            k = jnp.concatenate([kv[..., :nope], k_rotated], -1)
+            how = {"query_blocks": self.query_blocks, "scale": self._scale()}
+            out = attend(q, k, kv[..., nope:], context, **how)
+        output = self._linear("output", d_model, ("heads", "embed"), self.use_bias)
         return output(out.reshape(batch, length, -1), context)
+
+    def _queries(self, x: Array, context: Context) -> tuple[Array, Array]:
+        """The parts `[B, S, H, ...]` of the queries: as they are, and rotated."""
+        width = self.num_heads * self.head_widths[0]
+        if self.q_lora_rank is None:
+            q = self._linear("query", width, _INTO_HEADS)(x, context)
+        else:
+            down = self._linear("query_down", self.q_lora_rank, _INTO_LATENT, self.use_bias)
+            latent = self.latent_norm.copy(name="query_norm")(down(x, context))
+            q = self._linear("query_up", width, _INTO_HEADS)(latent, context)
+        q = q.reshape(*x.shape[:2], self.num_heads, -1)
+        nope = self.nope_head_dim
+        return q[..., :nope], self._rotate(q[..., nope:], context)
+
+    def _linear(
+        self, name: str, features: int, axes: tuple[str | None, ...], use_bias: bool = False
+    ) -> nn.Module:
+        return self.linear.copy(features=features, use_bias=use_bias, axes=axes, name=name)
+
+    def _rotate(self, part: Float[Array, "B S G R"], context: Context) -> Float[Array, "B S G R"]:
+        return part if self.rope is None else self.rope(part, context.positions)
 
     def _cache(self, new: Float[Array, "B S C"], context: Context) -> Float[Array, "B M C"]:
         """Every position's latent and rotated key, the new ones among them."""

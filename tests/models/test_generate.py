@@ -5,10 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moejax.attention.mla import MultiHeadLatentAttention
 from moejax.errors import UserError
 from moejax.models.generate import Sampling, _nucleus, generate
 from moejax.verification.contracts.cases import quick_jit
-from tests.models.tiny_model import VOCAB, dense, moe, random_model_variables, tiny, tokens
+from tests.models.tiny_model import (
+    VOCAB,
+    attention,
+    dense,
+    moe,
+    random_model_variables,
+    tiny,
+    tokens,
+)
 
 PROMPTS = [np.array([3, 1, 4, 1]), np.array([5])]
 RANDOM = Sampling(max_new_tokens=12, temperature=1.0, top_p=0.9)
@@ -20,9 +29,15 @@ def quick():
     return model, random_model_variables(model)
 
 
+LATENT = MultiHeadLatentAttention(
+    num_heads=4, kv_lora_rank=6, nope_head_dim=4, rope_head_dim=2, v_head_dim=3
+)
+
+
 @pytest.mark.slow
-def test_greedy_is_the_argmax_of_the_full_pass():
-    model = tiny(num_layers=1, windows=(3,), ffn=moe(shared=None))
+@pytest.mark.parametrize("method", [attention(), LATENT], ids=["full", "latent"])
+def test_greedy_is_the_argmax_of_the_full_pass(method):
+    model = tiny(num_layers=1, windows=(3,), ffn=moe(shared=None), attention=method)
     variables = random_model_variables(model)
     full = quick_jit(lambda v, t: model.apply(v, t).logits)
     prompts = [np.asarray(tokens((1 + i % 3,), seed=i)) for i in range(8)]
