@@ -1,7 +1,7 @@
 """How often an expert is already there if a cache of experts may look a segment ahead (SCH).
 
-"Not All Models Suit Expert Offloading", arXiv 2505.16056: segment cache best hit rate. One cache of C
-experts per layer. A choice of a token is a hit if its expert was in the cache before the token.
+"Not All Models Suit Expert Offloading", arXiv 2505.16056: segment cache best hit rate. One cache of
+C experts per layer. A choice of a token is a hit if its expert was in the cache before the token.
 Then the token's experts are loaded one after another; where there is no room, the cached expert
 goes that is wanted least often in the look-ahead (the token's experts that are still to be
 loaded, and the next m - 1 tokens), of equals the one used longest ago. First loads are free while

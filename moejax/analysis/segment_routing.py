@@ -3,10 +3,10 @@
 "Not All Models Suit Expert Offloading", arXiv 2505.16056: segment routing best performance. For
 one expert and every window of m consecutive tokens let f be the number of its tokens that choose
 the expert. An estimator keeps the expert for a window or not; its F1 is 2 TP / (predicted +
-actual) with TP the sum of f over kept windows, predicted m times their number, and actual the sum of
-f over all. The best estimator keeps the windows with f >= alpha for one alpha, so histograms of f say
-everything. For several experts (a layer, a model) the histograms are added first: one alpha for
-all.
+actual), with TP the sum of f over kept windows, predicted m times their number, and actual the sum
+of f over all. The best estimator keeps the windows with f >= alpha for one alpha, so histograms of
+f say everything. For several experts (a layer, a model) the histograms are added first: one alpha
+for all.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SegmentRouting:
-    """`srp` in [0, 1]; `kept` experts per token by the best estimator, in units of the router's k."""
+    """`srp` in [0, 1]; `kept` experts per token by the best estimator, in units of k."""
 
     srp: float
     kept: float
