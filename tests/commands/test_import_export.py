@@ -62,6 +62,7 @@ def assert_same(left, right, *, but=()):
     assert different == set(but)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("imported", [True, False])
 def test_import_tune_export(published, tmp_path, capsys, imported):
     start, run, out = published, tmp_path / "run", tmp_path / "tuned"
@@ -88,6 +89,7 @@ def test_an_import_is_exported_bit_for_bit(published, tmp_path):
     assert before.read_bytes() == after.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_every_architecture_goes_through(name, tmp_path):
     source = written(name, tmp_path / "hf")
@@ -97,6 +99,7 @@ def test_every_architecture_goes_through(name, tmp_path):
     assert tensors(source).keys() == named_leaves(variables(name)).keys()
 
 
+@pytest.mark.slow
 def test_overrides_reach_inside_the_model_that_was_given(published, tmp_path, capsys):
     words = ["model.boundaries=[1]", 'trainable=["layers_1/*/router/*"]', f"init_from={published}"]
     assert main(["train", TUNING, *words, f"workdir={tmp_path / 'run'}", *QUICK]) == 0

@@ -58,6 +58,7 @@ def error_of(capsys, *words):
     return text
 
 
+@pytest.mark.slow
 def test_train_then_evaluate_sample_and_report(finished, capsys):
     workdir, out = finished
     assert "held-out bits per byte" in out

@@ -24,7 +24,7 @@ def verify(*words):
 
 @pytest.mark.slow
 def test_a_mesh_and_a_transport_agree_with_one_device_in_both_dtypes():
-    done = verify("--devices", "2", "--only", "expert=2")
+    done = verify("--devices", "2", "--only", "least_loaded on expert=2")
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert lines[-1].startswith("all ")

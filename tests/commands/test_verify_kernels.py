@@ -54,6 +54,7 @@ def printed_lines(capsys):
     return out, {line.split()[0]: line for line in out.splitlines() if line.strip()}
 
 
+@pytest.mark.slow
 def test_prints_a_table_and_stores_nothing_unless_told(capsys):
     assert main(["verify-kernels", "--dtype", "float32"]) == 0
     out, lines = printed_lines(capsys)

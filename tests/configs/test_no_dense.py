@@ -113,6 +113,7 @@ def at_root(monkeypatch, tmp_path):
     monkeypatch.setenv("MOEJAX_KERNELS", str(tmp_path / "kernels.json"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", PLATFORMS)
 @pytest.mark.parametrize("spec", CONFIGS)
 def test_step_is_never_dense(spec, platform):

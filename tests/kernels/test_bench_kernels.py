@@ -45,6 +45,7 @@ def outputs(tools, case, args, name="moejax tile_scan"):
 SIZES = np.array([7, 0, 33, 1, 39], np.int32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_right_results_pass_the_check(tools, product):
     case = case_of(tools, product)
@@ -89,7 +90,7 @@ def test_distributions_give_every_row_to_a_group(tools):
         assert np.sort(sizes["four"])[-4:].sum() > 0.75 * model.rows
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_command_measures_and_says_what_it_could_not(tools, tmp_path, capsys):
     report, picture = tmp_path / "report.json", tmp_path / "a.png"
     words = "--models olmoe --scale 128 --rounds 2 --products gate_up,permute --distributions zipf"

@@ -81,7 +81,7 @@ def test_bfloat16(name, case):
     check(name, case, dtype="bfloat16")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("case", kit.WIDE_CASES, ids=ids(kit.WIDE_CASES))
 @pytest.mark.parametrize("name", PORTABLE)
 def test_wide(name, case):

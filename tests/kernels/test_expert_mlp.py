@@ -101,6 +101,7 @@ def test_value_and_gradients_match_the_definition(implementation, route):
     assert_matches(got, definition(params, experts, dout, "silu"), "float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "swiglu_clamped"])
 @pytest.mark.parametrize("implementation", PORTABLE)
 def test_biases_and_activations(implementation, activation):

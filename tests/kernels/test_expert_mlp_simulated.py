@@ -43,7 +43,7 @@ def test_value_and_gradients(name, activation, biased):
         assert not kit.failures(name, **options)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_float32_on_tpu_kernels():
     with simulator("tpu"):
         assert not kit.failures("tpu", dtype="float32", activation="silu", biased=True)

@@ -48,7 +48,7 @@ def test_group_offset_and_shapes(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("activation", GLU_ACTIVATIONS)
 def test_activations(activation, biased, dtype):
@@ -56,7 +56,7 @@ def test_activations(activation, biased, dtype):
         check(CASES[name], activation=activation, biased=biased, dtype=dtype)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_several_blocks_of_every_dimension_that_hang_over_the_edges(monkeypatch, dtype):
     blocks = Blocks(rows=64, inner=128, outer=128)

@@ -197,7 +197,7 @@ PROCESS = """
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_come_to_the_same_verdict(tmp_path):
     """Also the one none of whose devices is wrong."""
     script = tmp_path / "process.py"

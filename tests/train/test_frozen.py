@@ -73,6 +73,7 @@ def test_there_is_no_state_of_the_optimizer_for_what_is_frozen(finished):
     assert "params/layers_0/ffn/router/kernel" not in kept
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(finished, tmp_path, cache):
     parts = build(tmp_path / "parts", cache, *STEPS)
     assert train(parts, name="parts", until=3).step == 3
@@ -100,6 +101,7 @@ def test_a_frozen_parameter_that_changed_is_an_error(finished):
         frozen.check_unchanged(workdir, kept)
 
 
+@pytest.mark.slow
 def test_a_damaged_frozen_parameter_is_noticed_on_resume(tmp_path, cache):
     experiment = build(tmp_path / "run", cache, *STEPS)
     train(experiment, name="run", until=2)

@@ -77,6 +77,7 @@ def assert_bit_equal(left, right):
 STEPS = ("steps=6", "log_every=2", "optimizer.schedule.warmup_steps=2")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(smoke):
     whole, parts = smoke("whole", *STEPS), smoke("parts", *STEPS)
     assert train(whole, name="whole").step == 6
@@ -192,6 +193,7 @@ def test_refusals_without_end_are_an_error_that_names_the_way_out(smoke):
         train(experiment, name="hopeless")
 
 
+@pytest.mark.slow
 def test_other_data_than_the_checkpoints_are_refused(smoke):
     train(smoke("data"), name="run", until=2)
     with pytest.raises(UserError, match="trained on other data"):
@@ -228,7 +230,7 @@ def test_variables_come_back_without_the_optimizer(finished):
         np.testing.assert_array_equal(value, leaves[".params" + jax.tree_util.keystr(path)])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_mesh_that_loses_rows_is_refused_before_the_first_step(smoke, monkeypatch):
     """The canary runs only where rows are exchanged."""
     lossy = lambda rows, traffic, *, axis, num_rows: [

@@ -119,6 +119,7 @@ def test_what_padding_holds_changes_nothing(exact, case):
             assert_close(reference[name], metrics[name])
 
 
+@pytest.mark.slow
 def test_every_auxiliary_term_has_a_gradient():
     model = model_with(RULES[:2] + RULES[2:4])
     variables = random_model_variables(model)

@@ -45,6 +45,14 @@ ON_MESHES = {
     "expert=2 fsdp=2 tensor=2": ("local", "all_gather", "all_to_all", "least_loaded", "one slot"),
 }
 CASES = [(name, shape) for shape, names in ON_MESHES.items() for name in names]
+# Once each; the others take minutes together.
+QUICK = {("all_gather", "expert=8"), ("all_to_all", "expert=8"), ("least_loaded", "expert=8")}
+QUICK |= {("one slot", "expert=4 data=2"), ("ragged", "expert=4 data=2")}
+QUICK |= {("local", "expert=2 fsdp=2 tensor=2"), ("in rounds", "expert=4 data=2")}
+MARKED = [
+    pytest.param(*case, marks=pytest.mark.slow if case in QUICK else pytest.mark.long)
+    for case in CASES
+]
 
 
 def test_every_transport_is_here():
@@ -141,8 +149,7 @@ def check(name, shape, dtype, tolerance):
     return {kind: counts for kind, (*_, counts) in results.items()}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "shape"), CASES)
+@pytest.mark.parametrize(("name", "shape"), MARKED)
 def test_equals_the_definition_whatever_the_routing(name, shape):
     counts = check(name, shape, "float64", 1e-9)
     if isinstance(TRANSPORTS[name], LeastLoaded):  # and on every path
@@ -153,7 +160,7 @@ def test_equals_the_definition_whatever_the_routing(name, shape):
         assert (max(extra_rounds) > 0) == (name in ("one slot", "in rounds"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["all_gather", "all_to_all", "one slot"])
 def test_equals_the_definition_in_float32(name):
     check(name, "expert=2 fsdp=2 tensor=2", "float32", 1e-5)

@@ -50,7 +50,7 @@ def random_choices(batch, num_experts, k):
     return np.where(batch.segment_ids.reshape(-1, 1) > 0, chosen, num_experts)[None]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_in_bfloat16_a_mesh_equals_one_device_that_replays_the_same_choices(experiment):
     batch, model = make_batch(8), experiment.build_model(64)
     choices = {"layers_0": random_choices(batch, model.moe.num_experts, k=2)}
