@@ -28,6 +28,8 @@ port=$((20000 + RANDOM % 12000)) # below the ports that systems hand out themsel
 while port_in_use "$port"; do port=$((20000 + RANDOM % 12000)); done
 
 export JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=$devices
+# Threads: a simulated device that waits in a collective holds one, and must leave others some.
+export NPROC=${NPROC:-$((4 * devices))}
 export MOEJAX_COORDINATOR=127.0.0.1:$port MOEJAX_NUM_PROCESSES=$num_processes
 
 # One process, and the line that it has ended. Signals are for the command, not for this shell.

@@ -5,6 +5,9 @@ import os
 import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Threads of the CPU client. A simulated device that waits in a collective holds one; with as few as
+# there are processors, two devices in two collectives can wait for each other for ever.
+os.environ.setdefault("NPROC", "16")
 os.environ["MOEJAX_KERNELS"] = os.devnull + "/none"  # not what this machine's user has accepted
 # Tests compile much and compute little: without LLVM's optimisations they take half the time, and
 # a third of that with the emitters of loops that need no MLIR. jaxlib 0.11 has these no longer, and

@@ -143,6 +143,9 @@ def _prepare_jax(num_devices: int | None) -> None:
             raise UserError("leave --devices out: the launcher says how many each process has")
         os.environ["JAX_PLATFORMS"] = "cpu"
         os.environ["JAX_NUM_CPU_DEVICES"] = str(num_devices)
+        # A device that waits in a collective holds a thread of XLA's pool, which has as many as
+        # there are processors or devices: two devices in two collectives could wait for ever.
+        os.environ.setdefault("NPROC", str(4 * num_devices))
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0".strip()
