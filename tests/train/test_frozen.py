@@ -19,7 +19,6 @@ from moejax.train.init_from import CHECKPOINTS
 from moejax.train.layout import with_sharding
 from moejax.train.loop import train
 from moejax.train.restore import load_variables
-from moejax.train.state import init_state
 from moejax.types import named_leaves
 
 STEPS = ("steps=6", "log_every=2", "optimizer.schedule.warmup_steps=2")
@@ -46,13 +45,22 @@ def variables(experiment, step=None):
     return named_leaves(load_variables(experiment, experiment.workdir, step=step).variables)
 
 
+def assembled(experiment):
+    """(what a run executes, its mesh)."""
+    mesh = experiment.mesh.build(jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        model = experiment.build_model(264)
+        shapes = jax.eval_shape(model.init, jax.random.key(0))["params"]
+        optimizer = experiment.build_optimizer(shapes)
+        token_bytes = jax.numpy.ones(264, jax.numpy.int32)
+        return assemble(experiment, model, optimizer, mesh, token_bytes=token_bytes), mesh
+
+
 def initial(experiment):
-    model = experiment.build_model(experiment.prepare_data().tokenizer.vocab_size)
-    shapes = jax.eval_shape(model.init, jax.random.key(0))["params"]
-    optimizer = experiment.build_optimizer(shapes)
-    return init_state(
-        model, optimizer, experiment.guard, experiment.seed, trainable=experiment.trainable
-    )
+    """The state that a run starts from, made by the same program, to the bit."""
+    parts, mesh = assembled(experiment)
+    with jax.set_mesh(mesh):
+        return parts.initial_state()
 
 
 def test_only_the_routers_move(finished):
@@ -136,16 +144,11 @@ def test_a_pattern_that_matches_nothing_is_found_before_data_are_read(tmp_path, 
 
 def compiled_step(experiment):
     """The memory of one compiled step."""
-    mesh = experiment.mesh.build(jax.devices()[:1])
+    parts, mesh = assembled(experiment)
     with jax.set_mesh(mesh):
-        model = experiment.build_model(264)
-        shapes = jax.eval_shape(model.init, jax.random.key(0))["params"]
-        optimizer = experiment.build_optimizer(shapes)
-        bytes_of = jax.numpy.ones(264, jax.numpy.int32)
-        assembled = assemble(experiment, model, optimizer, mesh, token_bytes=bytes_of)
-        state = with_sharding(jax.eval_shape(assembled.fresh), assembled.shardings)
+        state = with_sharding(jax.eval_shape(parts.fresh), parts.shardings)
         batch = _abstract_batch(experiment.batch_size, experiment.sequence_length)
-        return assembled.train_step.lower(state, batch).compile().memory_analysis()
+        return parts.train_step.lower(state, batch).compile().memory_analysis()
 
 
 @pytest.mark.slow
