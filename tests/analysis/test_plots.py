@@ -30,6 +30,7 @@ def history_of(run: SyntheticRun):
     return build_history(run.records())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS)
 def test_no_text_overlaps_or_leaves_the_picture(run):
     history = history_of(RUNS[run])

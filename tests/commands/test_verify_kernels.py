@@ -90,6 +90,7 @@ def test_the_plan_is_checked_and_what_cannot_run_here_is_said(capsys):
     assert "accepted by moejax verify-kernels" in found.source
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("simulated_tpu")
 def test_an_accepted_plan_kernel_is_the_default_there(capsys, monkeypatch):
     pallas = least_loaded.module("pallas")

@@ -134,6 +134,7 @@ def test_step_on_tpu_kernels_is_never_dense(spec):
     assert not dense_operations(program, config, "tpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", ["cpu", "cuda"])
 def test_the_guard_finds_a_dense_step(platform):
     config = load_config("configs/tiny.py:smoke")

@@ -38,6 +38,7 @@ def test_every_architecture_is_tested():
     assert set(architecture.known()) == set(MODELS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_golden_parameters_through_a_directory_give_the_golden_logits(name, tmp_path):
     model, loaded = hf.load(written(name, tmp_path / "hf"))

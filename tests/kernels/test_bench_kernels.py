@@ -53,6 +53,7 @@ def test_right_results_pass_the_check(tools, product):
     assert expected.error(outputs(tools, case, args)) < tools.checks.tolerance(case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_one_wrong_group_in_any_output_is_noticed(tools, product):
     case = case_of(tools, product)

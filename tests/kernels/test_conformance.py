@@ -88,6 +88,7 @@ def test_wide(name, case):
     check(name, case, dtype="bfloat16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("name", PORTABLE)
 def test_composed_glu(name, biased):

@@ -52,6 +52,7 @@ def definition(lhs, rhs, sizes, dout, **options):
     return reference.grouped_matmul(lhs, rhs, sizes, **options), *gradients
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transpose_rhs", [False, True], ids=["KN", "NK"])
 @pytest.mark.parametrize("offset", [None, 2])
 @pytest.mark.parametrize("implementation", PORTABLE)
@@ -87,6 +88,7 @@ def test_mixed_dtypes_compute_in_the_wider_and_gradients_keep_their_own(implemen
     np.testing.assert_allclose(np.asarray(dlhs, np.float32), want_dlhs, rtol=4e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", PORTABLE)
 def test_preferred_element_type(implementation):
     lhs, rhs, _ = operands("bfloat16", GROUPS)
@@ -136,6 +138,7 @@ def test_inside_scan_and_vmap(implementation):
         np.testing.assert_allclose(jax.jit(jax.vmap(call))(sizes), want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("implementation", PORTABLE)
 def test_inside_shard_map_with_replicated_matrices(implementation, check_vma):

@@ -126,7 +126,7 @@ def test_a_wrong_backend_is_named_with_direction_and_remedy(fault, monkeypatch):
     assert "bfloat16" in message
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_remedy_is_the_cheapest_that_passes(monkeypatch):
     emulate_ragged(monkeypatch)
     plant(monkeypatch, "ragged", lost_last_row)

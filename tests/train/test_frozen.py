@@ -121,6 +121,7 @@ def test_a_damaged_frozen_parameter_is_noticed_on_resume(tmp_path, cache):
         train(experiment, name="run")
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path, cache):
     experiment = build(tmp_path / "run", cache, *STEPS)
     frozen.save(tmp_path / "run", {"another": jax.numpy.zeros(3)})
@@ -128,6 +129,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path, cache):
     assert "params/head/kernel" in frozen.stored(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_lost_frozen_parameters_are_an_error(tmp_path, cache):
     experiment = build(tmp_path / "run", cache, *STEPS)
     train(experiment, name="run", until=2)

@@ -69,6 +69,7 @@ def test_layer_l_goes_to_layer_l_however_they_are_stacked(tmp_path, boundaries):
     assert_same(named_leaves(back), named_leaves({"params": values["params"]}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [Mesh(data=1, fsdp=2, expert=4), Mesh(data=2, tensor=2, expert=2)])
 def test_every_device_gets_its_slices(tmp_path, mesh):
     values = variables("olmoe")

@@ -153,6 +153,7 @@ class NaNGradient(NextToken):
         )
 
 
+@pytest.mark.slow
 def test_a_nan_gradient_freezes_everything_but_the_step():
     model = model_with((LossFreeBias(rate=0.01),), num_layers=1)
     optimizer = optax.adam(1e-2)

@@ -45,6 +45,7 @@ def balanced_work(transport, mesh):
         return Program(lowered.compile().as_text()).balanced
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "agreements"),
     [(Mesh(expert=8), 0), (Mesh(data=2, expert=4), 1)],
