@@ -148,6 +148,8 @@ class Experiment:
 
     def chosen_experts(self, model: Transformer) -> dict[str, freeze.Experts]:
         """Of which parameters only some experts train; UserError for a wrong pattern."""
+        if not freeze.name_experts(self.trainable):
+            return {}  # without tracing the model
         shapes = jax.eval_shape(model.init, jax.random.key(0))
         return freeze.chosen_experts(shapes["params"], self.trainable, expert_axes(model))
 

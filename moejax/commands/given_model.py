@@ -14,11 +14,8 @@ import fiddle as fdl
 
 from moejax.config.load import load_config
 from moejax.config.overrides import apply_overrides
-from moejax.data.subword import HFTokenizer
 from moejax.errors import UserError
 from moejax.experiment import Experiment
-from moejax.interop import hf
-from moejax.train.restore import TOKENIZER
 
 
 def complete(config: fdl.Config, overrides: Sequence[str], *, trusted: bool) -> fdl.Config:
@@ -47,6 +44,11 @@ def complete(config: fdl.Config, overrides: Sequence[str], *, trusted: bool) -> 
 
 def _described(folder: pathlib.Path, *, trusted: bool) -> tuple[fdl.Config, fdl.Config]:
     """(model without its vocabulary size, tokenizer with it)."""
+    # Imported here: most configs have a model, and a start should not wait for what reads others'.
+    from moejax.data.subword import HFTokenizer
+    from moejax.interop import hf
+    from moejax.train.restore import TOKENIZER
+
     if hf.is_checkpoint(folder):
         model = hf.model_config(folder)
         tokenizer: Any = fdl.Config(HFTokenizer, path=str(folder), vocab_size=model.vocab_size)

@@ -75,6 +75,11 @@ class Experts:
     chosen: tuple[int, ...]
 
 
+def name_experts(trainable: tuple[str, ...]) -> bool:
+    """Whether any of the patterns ends in `@expert=`."""
+    return any(_Pattern.parse(text).experts is not None for text in trainable)
+
+
 def chosen_experts(
     params: Any, trainable: tuple[str, ...], axes: Mapping[str, int | None]
 ) -> dict[str, Experts]:

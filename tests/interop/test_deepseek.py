@@ -115,18 +115,6 @@ V2 = V2_LITE | {  # deepseek-ai/DeepSeek-V2, where it differs
 }
 
 
-@pytest.fixture
-def config_of(tmp_path):
-    """Writes a config.json of the values, `...` for one that is absent, and reads it."""
-
-    def read(values: dict, **changes) -> fdl.Config:
-        values = {k: v for k, v in (values | changes).items() if v is not ...}
-        (tmp_path / "config.json").write_text(json.dumps(values))
-        return hf.model_config(tmp_path)
-
-    return read
-
-
 def test_the_published_v3(config_of, caplog):
     model = fdl.build(config_of(V3))
     assert not caplog.records

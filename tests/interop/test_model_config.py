@@ -1,6 +1,5 @@
 """What config.json says becomes a model, in the words of both generations of transformers."""
 
-import json
 import re
 
 import fiddle as fdl
@@ -45,18 +44,6 @@ QWEN3 = OLMOE | {
     "sliding_window": None,
 }
 GPT_OSS = OLMOE | {"model_type": "gpt_oss", "head_dim": 64, "sliding_window": 128}
-
-
-@pytest.fixture
-def config_of(tmp_path):
-    """Writes a config.json of the values, `...` for one that is absent, and reads it."""
-
-    def read(values: dict, **changes) -> fdl.Config:
-        values = {k: v for k, v in (values | changes).items() if v is not ...}
-        (tmp_path / "config.json").write_text(json.dumps(values))
-        return hf.model_config(tmp_path)
-
-    return read
 
 
 def test_the_published_olmoe(config_of, caplog):
