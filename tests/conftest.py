@@ -13,6 +13,10 @@ os.environ["MOEJAX_KERNELS"] = os.devnull + "/none"  # not what this machine's u
 # a third of that with the emitters of loops that need no MLIR. jaxlib 0.11 has these no longer, and
 # ends the process at a flag that it does not know.
 _FLAGS = ["--xla_backend_optimization_level=0"]
+# Without optimisations, jaxlib 0.12 runs collectives of one device at once in an order of its own,
+# and on a busy machine it pairs one device's with another of its neighbour's: wrong rows, or a
+# process that waits until XLA ends it. Not with this scheduler.
+_FLAGS.append("--xla_cpu_enable_concurrency_optimized_scheduler=false")
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS]).strip()

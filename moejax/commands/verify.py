@@ -147,8 +147,13 @@ def _prepare_jax(num_devices: int | None) -> None:
         # there are processors or devices: two devices in two collectives could wait for ever.
         os.environ.setdefault("NPROC", str(4 * num_devices))
     if os.environ.get("JAX_PLATFORMS") == "cpu":
-        flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0".strip()
+        # Without optimisations, jaxlib 0.12 can pair collectives of simulated devices wrongly on a
+        # busy machine, unless their order is that of the plain scheduler.
+        flags = (
+            "--xla_backend_optimization_level=0",
+            "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+        )
+        os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *flags)).strip()
     import jax
 
     jax.config.update("jax_enable_x64", True)
