@@ -27,7 +27,7 @@ Terms = dict[str, Term]
 Stats = dict[str, Any]  # nested dictionaries of arrays that add up over microbatches and devices
 
 
-def _pytree(cls=None, *, static: tuple[str, ...] = ()):
+def pytree(cls=None, *, static: tuple[str, ...] = ()):
     """Frozen dataclass, registered as a pytree; `static` fields are part of the tree structure."""
 
     def wrap(c):
@@ -45,7 +45,7 @@ def at_least_f32(dtype: Any) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-@_pytree
+@pytree
 class Batch:
     """One batch of packed sequences. Everything is `[B, S]`.
 
@@ -60,7 +60,7 @@ class Batch:
     positions: Int[AnyArray, "B S"]  # from 0 within each segment
 
 
-@_pytree(static=("num_experts", "record", "decode", "cache_length", "window"))
+@pytree(static=("num_experts", "record", "decode", "cache_length", "window"))
 class Context:
     """What a layer may know besides its input. Per-token fields are `[B, S]`.
 
@@ -79,7 +79,7 @@ class Context:
     loads: Float[Array, "E"] | None = None  # global-batch share of choices per expert, sum 1
     selection: Int[Array, "T K"] | None = None  # choices to replay instead of the router's own
     selection_bias: Float[Array, "E"] | None = None  # added to router scores, for selection only
-    logit_delta: Float[Array, "..."] | None = None  # added to router logits; in a router [T, E]
+    intervention: Any = None  # (router logits [T, E], context) -> the logits to route by
     router_carry: Any = None  # per-token value from the previous MoE layer's router
     num_experts: int | None = None
     record: bool = False  # statistics hold the routing of every token, as `trace`
@@ -91,7 +91,7 @@ class Context:
         return dataclasses.replace(self, **changes)
 
 
-@_pytree
+@pytree
 class Routing:
     """A router's decision for T tokens. Arithmetic in at least float32.
 

@@ -27,7 +27,7 @@ FAMILIES = {
 MODELS = CORE | FAMILIES | {"models"}
 BESIDE = {"optim", "data", "analysis"}  # know nothing of models
 EXPERIMENT = MODELS | {"objectives", "optim", "data"}
-TRAIN = EXPERIMENT | {"experiment", "analysis", "interop"}
+TRAIN = EXPERIMENT | {"experiment", "analysis", "interop", "interventions"}
 
 MAY_IMPORT = {
     "errors": set(),
@@ -40,6 +40,7 @@ MAY_IMPORT = {
     "objectives": MODELS,
     **dict.fromkeys(BESIDE, GROUND),
     "interop": MODELS,
+    "interventions": MODELS,
     "config": {"errors"},  # edits and stores configs of anything, so it may know nothing
     "experiment": EXPERIMENT,
     "train": TRAIN,

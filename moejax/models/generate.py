@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,7 @@ def generate(
     *,
     seed: int = 0,
     stop_id: int | None = None,
+    intervention: dict[str, Any] | None = None,
 ) -> list[np.ndarray]:
     """The new ids of every prompt, cut before the first `stop_id`.
 
@@ -56,27 +58,37 @@ def generate(
       prompts: 1-D arrays of token ids, each of at least one token, of any lengths.
       seed: with the prompt's index and the token's index it decides every draw, so a
         continuation does not depend on which other prompts are in the batch.
+      intervention: as for `model.apply`; what is per sequence is per prompt.
     """
     if not prompts or any(len(p) == 0 for p in prompts):
         raise UserError("sampling needs at least one prompt, and every prompt at least one token")
-    lengths = np.array([len(p) for p in prompts])
-    tokens = np.zeros((len(prompts), lengths.max()), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
+    tokens, lengths = padded(prompts)
     if tokens.min() < 0 or tokens.max() >= model.vocab_size:
         raise UserError(
             f"a prompt has ids from {tokens.min()} to {tokens.max()}; the model knows 0 to "
             f"{model.vocab_size - 1}: use the tokenizer it was trained with"
         )
     key = jax.random.key(seed)
-    new = np.asarray(_generate(model, sampling, variables, tokens, lengths, key))
-    if stop_id is None:
-        return list(new)
-    return [row[: np.argmax(row == stop_id)] if (row == stop_id).any() else row for row in new]
+    new = np.asarray(_generate(model, sampling, variables, tokens, lengths, key, intervention))
+    return [until(row, stop_id) for row in new]
+
+
+def padded(texts: Sequence[Int[ArrayLike, " _"]]) -> tuple[np.ndarray, np.ndarray]:
+    """(ids `[B, longest]`, zeros behind each text; lengths `[B]`)."""
+    lengths = np.array([len(text) for text in texts])
+    tokens = np.zeros((len(texts), lengths.max()), np.int32)
+    for row, text in zip(tokens, texts, strict=True):
+        row[: len(text)] = text
+    return tokens, lengths
+
+
+def until(row: np.ndarray, stop_id: int | None) -> np.ndarray:
+    """The ids before the first `stop_id`."""
+    return row[: np.argmax(row == stop_id)] if (row == stop_id).any() else row
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _generate(model, sampling, variables, tokens, lengths, key):
+def _generate(model, sampling, variables, tokens, lengths, key, intervention):
     batch, longest = tokens.shape
     cache_length = longest + sampling.max_new_tokens
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(batch))
@@ -87,6 +99,7 @@ def _generate(model, sampling, variables, tokens, lengths, key):
             tokens,
             segment_ids=mask.astype(jnp.int32),
             positions=positions,
+            intervention=intervention,
             cache_length=cache_length,
         )
         return out.logits, out.cache

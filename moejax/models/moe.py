@@ -57,7 +57,6 @@ class MoE(nn.Module):
         context = context.replace(
             num_experts=self.num_experts,
             selection_bias=sum(biases) if biases else None,
-            logit_delta=self._per_token(context.logit_delta, x.shape[:2]),
         )
         rows = constrain(x.reshape(-1, x.shape[-1]), "tokens", None)  # [T, D]
         routing, carry = self.router(rows, context)
@@ -74,12 +73,6 @@ class MoE(nn.Module):
         for rule, state in rules:
             terms = add_terms(terms, rule.terms(routing, context, state))
         return y, terms, _statistics(routing, context, counts), carry
-
-    def _per_token(self, delta: Array | None, shape: tuple[int, ...]) -> Array | None:
-        """`[T, E]` from anything that broadcasts to `[B, S, E]`."""
-        if delta is None:
-            return None
-        return jnp.broadcast_to(delta, (*shape, self.num_experts)).reshape(-1, self.num_experts)
 
     def _check_balance(self) -> None:
         if not self.balance:

@@ -118,7 +118,7 @@ def apply(
     x: Array,
     context: Context,
     *,
-    per_layer: dict[str, dict[str, Array]],
+    per_layer: dict[str, dict[str, Any]],
     remat: str,
     unroll: int,
 ) -> tuple[Array, Terms, Stats, dict[str, Any]]:
@@ -130,7 +130,7 @@ def apply(
       x: embeddings `[B, S, D]`.
       context: of the whole model; each layer gets its own index, window, key, loads and carry.
       per_layer: fields of the context that each layer has its own of,
-        `{field: {segment name: [count, ...]}}`.
+        `{field: {segment name: an array or a tree of arrays [count, ...]}}`.
       remat: a name in `REMAT_POLICIES`.
       unroll: units of layers per scan iteration.
     """

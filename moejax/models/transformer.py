@@ -189,7 +189,7 @@ class Transformer:
         key: Array | None = None,
         loads: dict[str, Array] | None = None,
         selection: dict[str, Array] | None = None,
-        logit_delta: dict[str, Array] | None = None,
+        intervention: dict[str, Any] | None = None,
         record: bool = False,
         cache_length: int | None = None,
     ) -> Output:
@@ -204,8 +204,8 @@ class Transformer:
           key: for layers that sample; None means nothing is random.
           loads: global-batch shares per expert `{segment: [count, E]}`, from a first pass.
           selection: choices `{segment: [count, T, K]}` to replay instead of the routers' own.
-          logit_delta: added to the routers' logits, `{segment: [count, B, S, E]}` or what
-            broadcasts to it behind `count`.
+          intervention: what changes the routers' logits, `{segment: one of
+            moejax.interventions, each of its arrays [count, ...]}`.
           record: puts the routing of every token into `stats`, as `trace` (see `MoE`).
           cache_length: slots of the decoding cache; given means decode with it.
         """
@@ -220,7 +220,7 @@ class Transformer:
         params = variables["params"]
         embedding = constrain(params["embed"]["embedding"].astype(self.dtype), "vocab", "whole")
         x = embedding.at[tokens].get(mode="fill", fill_value=jnp.nan) * self.embed_scale
-        per_layer = {"loads": loads, "selection": selection, "logit_delta": logit_delta}
+        per_layer = {"loads": loads, "selection": selection, "intervention": intervention}
         per_layer = {field: values or {} for field, values in per_layer.items()}
         x, terms, stats, cache = stack.apply(
             self.segments,

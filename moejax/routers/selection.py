@@ -9,10 +9,10 @@ from moejax.types import Context
 
 
 def intervened(logits: Float[Array, "T E"], context: Context) -> Float[Array, "T E"]:
-    """The router's logits, with `context.logit_delta` added where there is one."""
-    if context.logit_delta is None:
+    """The logits to route by: those that `context.intervention` makes of the router's own."""
+    if context.intervention is None:
         return logits
-    return logits + context.logit_delta.astype(logits.dtype)
+    return context.intervention(logits, context).astype(logits.dtype)
 
 
 def select(adjusted: Float[Array, "T E"], k: int, context: Context) -> Int[Array, "T K"]:

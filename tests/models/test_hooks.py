@@ -1,4 +1,4 @@
-"""The hooks of router methods: the routing trace, and what is added to the routers' logits."""
+"""The hooks of router methods: the routing trace, and interventions in the routers' logits."""
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from moejax.balance.z_loss import RouterZLoss
+from moejax.interventions.add import Add
 from moejax.verification.contracts.cases import quick_jit
 from tests.models.tiny_model import moe, random_model_variables, tiny
 
@@ -26,12 +27,13 @@ def variables(model):
 
 @pytest.fixture(scope="module")
 def traced(model):
-    def run(variables, logit_delta=None, selection=None):
+    def run(variables, delta=None, selection=None):
+        added = delta and {name: Add(delta=own) for name, own in delta.items()}
         return model.apply(
             variables,
             TOKENS,
             segment_ids=jnp.asarray(SEGMENTS),
-            logit_delta=logit_delta,
+            intervention=added,
             selection=selection,
             record=True,
         )
@@ -85,19 +87,19 @@ def test_recorded_choices_replay_bit_for_bit(variables, apply):
 
 @pytest.mark.parametrize("shape", [(E,), (2, 1, E), (2, 6, E)])
 def test_a_delta_of_zero_changes_no_bit(model, variables, apply, shape):
-    moved = apply(variables, logit_delta=deltas(model, shape))
+    moved = apply(variables, delta=deltas(model, shape))
     np.testing.assert_array_equal(apply(variables).logits, moved.logits)
 
 
 def test_the_same_constant_for_all_experts_changes_nothing(model, variables, apply):
     delta = {name: own + 3.0 for name, own in deltas(model, (E,)).items()}
-    found = apply(variables, logit_delta=delta)
+    found = apply(variables, delta=delta)
     np.testing.assert_allclose(apply(variables).logits, found.logits, rtol=1e-4, atol=1e-5)
 
 
 def test_the_delta_of_one_sequence_does_not_reach_another(model, variables, apply):
     delta = {name: own.at[:, 0, 0, 1].set(30) for name, own in deltas(model, (2, 1, E)).items()}
-    base, moved = apply(variables), apply(variables, logit_delta=delta)
+    base, moved = apply(variables), apply(variables, delta=delta)
     np.testing.assert_array_equal(base.logits[1], moved.logits[1])
     assert not np.array_equal(base.logits[0], moved.logits[0])
     for trace in traces(moved).values():
@@ -109,7 +111,7 @@ def test_gradients_flow_through_the_trace_and_sum_to_zero_over_experts(model, va
     weights = np.random.default_rng(1).standard_normal(E)
 
     def loss(delta):
-        found = traces(traced(variables, logit_delta=delta))
+        found = traces(traced(variables, delta=delta))
         return sum((trace["probs"] * weights).sum() for trace in found.values())
 
     gradient = quick_jit(jax.grad(loss))(deltas(model, (E,)))

@@ -22,8 +22,8 @@ class CountsPadding(nn.Module):
     def __call__(self, x, context):
         kernel = self.param("kernel", nn.initializers.normal(), (x.shape[-1], 8))
         logits = (x - x.mean(axis=0)) @ kernel
-        if context.logit_delta is not None:
-            logits = logits + context.logit_delta
+        if context.intervention is not None:
+            logits = context.intervention(logits, context)
         weights, experts = jax.lax.top_k(jax.nn.softmax(logits), 2)
         if context.selection is not None:
             experts = context.selection
@@ -39,7 +39,7 @@ class IgnoresInterventions(TopK):
 
     @nn.compact
     def __call__(self, x, context):
-        return super().__call__(x, context.replace(logit_delta=None))
+        return super().__call__(x, context.replace(intervention=None))
 
 
 class Doubles(Local):
@@ -101,7 +101,7 @@ def test_a_sound_method_breaks_nothing():
 @pytest.mark.slow
 def test_a_router_that_looks_at_padding_is_found_out(unchecked):
     assert "padding changes nothing" in broken(CountsPadding())
-    promise = "a logit delta is added before anything else"
+    promise = "an intervention comes before anything else"
     assert list(broken(IgnoresInterventions(k=2))) == [promise]
 
 

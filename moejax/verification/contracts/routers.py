@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moejax.interventions.add import Add
 from moejax.types import Routing
 from moejax.verification.contracts.cases import (
     float_dtypes,
@@ -146,11 +147,13 @@ def given_choices_are_replayed_with_their_own_weights(case: Case) -> None:
         np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
-def a_logit_delta_is_added_before_anything_else(case: Case) -> None:
-    """`context.logit_delta` of zero changes no bit; a large one for an expert selects it."""
+def an_intervention_comes_before_anything_else(case: Case) -> None:
+    """`context.intervention` that adds zero changes no bit; much for an expert selects it."""
     delta = np.zeros((MASK.size, NUM_EXPERTS), np.float32)
     run = lambda delta: case.run(
-        case.variables, case.x, case.context.replace(logit_delta=jnp.asarray(delta))
+        case.variables,
+        case.x,
+        case.context.replace(intervention=Add(delta=jnp.asarray(delta).reshape(*MASK.shape, -1))),
     )
     same = run(delta)
     for a, b in zip(_valid(_per_token(same)), _valid(_per_token(case.routing)), strict=True):
@@ -174,5 +177,5 @@ CHECKS = (
     gradients_are_finite_and_not_all_zero,
     initial_values_do_not_depend_on_x64,
     given_choices_are_replayed_with_their_own_weights,
-    a_logit_delta_is_added_before_anything_else,
+    an_intervention_comes_before_anything_else,
 )
