@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from moejax.data.mixture import Mixture
 from moejax.data.pipeline import Data, Loaders
 from moejax.errors import UserError
 from moejax.kernels import dispatch
 from moejax.models.expert_axes import expert_axes
 from moejax.models.generate import Sampling
 from moejax.models.transformer import Transformer
-from moejax.objectives.lm import NextToken
+from moejax.objectives.objective import Objective
 from moejax.optim import freeze
 from moejax.optim.guard import Guard
 from moejax.optim.optimizer import AdamW
@@ -56,7 +57,7 @@ class Experiment:
     model: Transformer
     data: Data
     optimizer: AdamW
-    objective: NextToken
+    objective: Objective
     steps: int
     batch_size: int
     sequence_length: int
@@ -131,7 +132,7 @@ class Experiment:
                 self.objective(model, variables, batch, token_bytes=token_bytes, key=key).terms
             ),
             variables,
-            _abstract_batch(self.batch_size // self.num_microbatches, self.sequence_length),
+            self._abstract_batch(),
             jax.ShapeDtypeStruct((_ANY_VOCABULARY,), jnp.int32),
         )
 
@@ -157,8 +158,16 @@ class Experiment:
         """The model with the tokenizer's vocabulary."""
         return dataclasses.replace(self.model, vocab_size=vocab_size)
 
-
-def _abstract_batch(batch_size: int, sequence_length: int) -> Batch:
-    ids = jax.ShapeDtypeStruct((batch_size, sequence_length), jnp.int32)
-    mask = jax.ShapeDtypeStruct(ids.shape, jnp.bool_)
-    return Batch(tokens=ids, targets=ids, loss_mask=mask, segment_ids=ids, positions=ids)
+    def _abstract_batch(self) -> Batch:
+        """One microbatch."""
+        shape = (self.batch_size // self.num_microbatches, self.sequence_length)
+        ids = jax.ShapeDtypeStruct(shape, jnp.int32)
+        mixed = isinstance(self.data.train, Mixture)
+        return Batch(
+            tokens=ids,
+            targets=ids,
+            loss_mask=jax.ShapeDtypeStruct(shape, jnp.bool_),
+            segment_ids=ids,
+            positions=ids,
+            sources=ids if mixed else None,
+        )

@@ -58,6 +58,7 @@ class Batch:
     loss_mask: Bool[AnyArray, "B S"]
     segment_ids: Int[AnyArray, "B S"]  # 0 is padding; 1, 2, ... number the packed documents
     positions: Int[AnyArray, "B S"]  # from 0 within each segment
+    sources: Int[AnyArray, "B S"] | None = None  # of a mixture: which source the row comes from
 
 
 @pytree(static=("num_experts", "record", "decode", "cache_length", "window"))

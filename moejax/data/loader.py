@@ -78,6 +78,10 @@ class TrainLoader:
         """The batches from `start_step` on, made by a background thread; close it when done."""
         return Prefetch(functools.partial(self.batch, shard=shard), start=start_step)
 
+    def apart(self) -> Iterator[Batch]:
+        """Every training document that fits in a row, each in a row of its own, in order, once."""
+        return iter(EvalLoader([part.apart() for part in self._parts], batch_size=self.batch_size))
+
     def rows(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """(part, row number) [count] of the rows `start`, ... of the endless sequence."""
         blocks = range(start // _BLOCK, (start + count - 1) // _BLOCK + 1)

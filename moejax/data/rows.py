@@ -42,6 +42,19 @@ class Rows:
         """The share of positions that are not padding."""
         return self.documents.num_predictions / (len(self) * self.seq_len)
 
+    def apart(self) -> Rows:
+        """The same documents in order, one in each row, without those longer than a row."""
+        offsets = self.documents.offsets
+        lengths = np.diff(offsets)
+        fits = lengths <= self.seq_len
+        return dataclasses.replace(
+            self,
+            begin=offsets[:-1][fits],
+            length=lengths[fits].astype(np.int32),
+            first=np.arange(fits.sum() + 1),
+            fingerprint=f"{self.fingerprint}, apart",
+        )
+
     def row(self, number: int) -> Batch:
         """One row; fields are [1, S]."""
         return self.batch(np.array([number]))
@@ -62,7 +75,7 @@ def mixed_batch(parts: Sequence[Rows], part: np.ndarray, numbers: np.ndarray) ->
     Returns:
       Fields [B, S]; int32, `loss_mask` bool. Each piece is a segment, numbered from 1 within its
       row; its targets are the tokens that follow in its document, the last one included (at a
-      cut that is the first token of the document's next piece).
+      cut that is the first token of the document's next piece). `sources` is None for one part.
     """
     shape = (len(numbers), parts[0].seq_len)
     rows_of = [np.flatnonzero(part == p) for p in range(len(parts))]
@@ -87,7 +100,12 @@ def mixed_batch(parts: Sequence[Rows], part: np.ndarray, numbers: np.ndarray) ->
         loss_mask=(segment_ids > 0).reshape(shape),
         segment_ids=segment_ids.reshape(shape),
         positions=positions.reshape(shape),
+        sources=_sources(part, shape) if len(parts) > 1 else None,
     )
+
+
+def _sources(part: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    return np.broadcast_to(part.astype(np.int32)[:, None], shape).copy()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

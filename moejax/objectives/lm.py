@@ -10,20 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
+from moejax.models.output import Output
 from moejax.models.transformer import Transformer
-from moejax.types import Batch, Stats, Terms
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Result:
-    """Terms that enter the loss, measures that do not, and per-layer statistics; all sums."""
-
-    terms: Terms
-    measures: Terms
-    stats: Stats
-
-
-jax.tree_util.register_dataclass(Result, data_fields=["terms", "measures", "stats"], meta_fields=[])
+from moejax.objectives.objective import Result
+from moejax.types import Batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,15 +42,11 @@ class NextToken:
         loads: Any = None,
     ) -> Result:
         """Terms of one batch. `token_bytes[v]` is the number of UTF-8 bytes of token v."""
-        out = model.apply(
-            variables,
-            batch.tokens,
-            segment_ids=batch.segment_ids,
-            positions=batch.positions,
-            step=step,
-            key=key,
-            loads=loads,
-        )
+        out = forward(model, variables, batch, step=step, key=key, loads=loads)
+        return self.result(out, batch, token_bytes)
+
+    def result(self, out: Output, batch: Batch, token_bytes: Int[ArrayLike, "V"]) -> Result:
+        """Terms of what the model made of the batch."""
         mask = batch.loss_mask
         log_normaliser = jax.nn.logsumexp(out.logits, axis=-1)
         nll = jnp.where(mask, log_normaliser - _logit_of(out.logits, batch.targets), 0).sum()
@@ -76,6 +62,25 @@ class NextToken:
             )
         }
         return Result(terms=terms, measures=measures, stats=out.stats)
+
+
+def forward(
+    model: Transformer, variables: Any, batch: Batch, *, record: bool = False, **options: Any
+) -> Output:
+    """The model on a batch; `options` as for `model.apply`."""
+    return model.apply(
+        variables,
+        batch.tokens,
+        segment_ids=batch.segment_ids,
+        positions=batch.positions,
+        record=record,
+        **options,
+    )
+
+
+def token_nll(out: Output, batch: Batch) -> Float[Array, "B S"]:
+    """Nats of every target, padding included."""
+    return jax.nn.logsumexp(out.logits, axis=-1) - _logit_of(out.logits, batch.targets)
 
 
 def _logit_of(logits: Float[Array, "B S V"], ids: Int[ArrayLike, "B S"]) -> Float[Array, "B S"]:

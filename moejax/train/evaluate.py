@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from moejax.data.pipeline import Loaders
 from moejax.kernels import compat
 from moejax.models.transformer import Transformer
-from moejax.objectives.lm import NextToken
+from moejax.objectives.objective import Objective
 from moejax.train import layout
 from moejax.train.metrics import means
 
@@ -19,7 +19,7 @@ class Evaluator:
     """Runs the held-out batches on a mesh; the step is compiled once."""
 
     def __init__(
-        self, model: Transformer, objective: NextToken, data: Loaders, mesh: jax.sharding.Mesh
+        self, model: Transformer, objective: Objective, data: Loaders, mesh: jax.sharding.Mesh
     ):
         token_bytes = jnp.asarray(data.tokenizer.token_bytes())
 

@@ -20,7 +20,7 @@ from jaxtyping import Array
 
 from moejax.kernels import compat
 from moejax.models.transformer import Transformer
-from moejax.objectives.lm import NextToken, Result
+from moejax.objectives.objective import Objective, Result
 from moejax.optim import freeze
 from moejax.optim.guard import Guard, select
 from moejax.optim.optimizer import global_norm
@@ -33,7 +33,7 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 def make_train_step(
     model: Transformer,
-    objective: NextToken,
+    objective: Objective,
     optimizer: optax.GradientTransformation,
     guard: Guard,
     *,

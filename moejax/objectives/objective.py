@@ -1,0 +1,51 @@
+"""What an objective is: terms that are minimised and measures that are only reported."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+from jaxtyping import Array, ArrayLike, Int
+
+from moejax.models.transformer import Transformer
+from moejax.types import Batch, Stats, Terms
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    """Terms that enter the loss, measures that do not, and per-layer statistics; all sums."""
+
+    terms: Terms
+    measures: Terms
+    stats: Stats
+
+
+jax.tree_util.register_dataclass(Result, data_fields=["terms", "measures", "stats"], meta_fields=[])
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """What a run minimises: the sum over its terms of weight * sum / count.
+
+    The term `lm` is the cross-entropy in nats per token of the text that shall be modelled; the
+    measure `bits_per_byte` is of the same text.
+    """
+
+    def weights(self, model: Transformer) -> dict[str, float]:
+        """{term: factor in the total loss}."""
+        ...
+
+    def __call__(
+        self,
+        model: Transformer,
+        variables: Any,
+        batch: Batch,
+        *,
+        token_bytes: Int[ArrayLike, "V"],
+        step: Array | int = 0,
+        key: Array | None = None,
+        loads: Any = None,
+    ) -> Result:
+        """Terms of one batch. `token_bytes[v]` is the number of UTF-8 bytes of token v."""
+        ...
