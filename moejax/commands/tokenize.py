@@ -22,6 +22,8 @@ def run(args: argparse.Namespace) -> int:
     data = build_config(config).prepare_data()
     print(f"vocabulary         {data.tokenizer.vocab_size:,}")
     print(f"training tokens    {data.num_train_tokens:,} ({data.efficiency:.1%} of positions)")
+    if data.num_scored_tokens != data.num_train_tokens:
+        print(f"scored tokens      {data.num_scored_tokens:,} (of responses)")
     print(f"held-out tokens    {data.num_held_out_tokens:,}")
     print(f"held-out bytes     {data.held_out_bytes:,}")
     bytes_per_token = data.held_out_bytes / data.num_held_out_tokens

@@ -1,10 +1,12 @@
 """Data: sources -> tokenizer -> packed rows -> batches by step number.
 
 `Data(...).prepare(seq_len=..., batch_size=..., seed=...)` gives `Loaders`. Each stage is a file:
-`source.py` (and `jsonl.py`, `token_arrays.py`), `tokenizer.py` (and `subword.py`),
-`documents.py` (tokens on disk), `pack.py`, `rows.py`, `mixture.py`, `loader.py`.
+`source.py` (and `jsonl.py`, `chat.py`, `token_arrays.py`), `tokenizer.py` (and `subword.py`,
+`chat_template.py`), `documents.py` (tokens on disk; of dialogues, `dialogue.py`), `pack.py`,
+`rows.py`, `mixture.py`, `loader.py`.
 """
 
+from moejax.data.chat import Chat
 from moejax.data.errors import DataError
 from moejax.data.jsonl import JsonLines
 from moejax.data.mixture import Mixture
@@ -19,6 +21,7 @@ __all__ = [
     "BPE",
     "BestFit",
     "ByteTokenizer",
+    "Chat",
     "ConcatChunk",
     "Data",
     "DataError",

@@ -4,6 +4,9 @@ The stream is `eos d0 eos d1 eos d2 eos ...`. *Prediction* p has input `tokens[p
 `tokens[p + 1]`; document i owns the predictions `offsets[i]` to `offsets[i + 1]`, whose inputs
 are `eos` and the document's tokens, and whose targets are its tokens and `eos`. So every byte of
 every document is a target exactly once, and bits per byte needs no correction.
+
+Of pairs and conversations (`dialogue.py`) only some tokens are scored: `scored` says which, token
+by token, and a prediction counts if its *target* is scored.
 """
 
 from __future__ import annotations
@@ -16,7 +19,9 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from moejax.data import dialogue
 from moejax.data.cache import ArrayWriter, open_or_build
+from moejax.data.dialogue import Dialogue
 from moejax.data.errors import DataError
 from moejax.data.fingerprint import fingerprint
 from moejax.data.source import Source
@@ -36,14 +41,16 @@ class Documents:
     Attributes:
       tokens: uint16 or uint32 [N + 1], the stream; memory-mapped.
       offsets: int64 [num documents + 1], the first prediction of each document, and N.
-      num_bytes: UTF-8 bytes of the documents' text.
-      fingerprint: of source, split and tokenizer.
+      num_bytes: UTF-8 bytes of the documents' text, or of what of it is scored.
+      fingerprint: of source, split and tokenizer, and of the chat template for dialogues.
+      scored: bool [N + 1], which tokens count as targets; None where all do.
     """
 
     tokens: np.ndarray
     offsets: np.ndarray
     num_bytes: int
     fingerprint: str
+    scored: np.ndarray | None = None
 
     @property
     def num_predictions(self) -> int:
@@ -55,12 +62,13 @@ def tokenized(source: Source, split: str, tokenizer: Tokenizer, cache_dir: str) 
 
     Raises:
       DataError: the source is missing, empty, or made by another tokenizer, a token id is
-        outside the vocabulary, or the cache folder cannot be written.
+        outside the vocabulary, a dialogue has no layout, or the cache folder cannot be written.
     """
     _check_tokenizer(source, tokenizer)
-    key = fingerprint(
-        "documents", FORMAT, source.fingerprint(split), split, tokenizer.fingerprint()
-    )
+    parts = ["documents", FORMAT, source.fingerprint(split), split, tokenizer.fingerprint()]
+    if _has_dialogues(source):
+        parts.append(dialogue.chat_fingerprint(tokenizer))
+    key = fingerprint(*parts)
     arrays, info = open_or_build(
         pathlib.Path(cache_dir) / "documents" / key,
         key,
@@ -88,25 +96,42 @@ def _check_tokenizer(source: Source, tokenizer: Tokenizer) -> None:
         )
 
 
+def _has_dialogues(source: Source) -> bool:
+    return getattr(source, "dialogues", False)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Group:
+    """Some documents in order, tokenised: ids [n] each; scored [n + 1] each, with the end token."""
+
+    ids: list[np.ndarray]
+    num_bytes: int | None  # of what is scored of their text; None counts the tokens' bytes
+    scored: list[np.ndarray] | None = None
+
+
 def _tokenize(source: Source, split: str, tokenizer: Tokenizer, writer: ArrayWriter) -> dict:
     started = time.monotonic()
     dtype = token_dtype(tokenizer.vocab_size)
     size_of, eos = tokenizer.token_bytes(), tokenizer.eos_id
     writer.append("tokens", np.array([eos], dtype))
     writer.append("offsets", np.zeros(1, np.int64))
+    if _has_dialogues(source):
+        writer.append("scored", np.zeros(1, bool))
     end = num_bytes = token_bytes = 0
-    for texts, encoded in _encoded(source.documents(split), tokenizer):
-        if not encoded:
-            continue
-        lengths = np.array([len(ids) + 1 for ids in encoded], np.int64)
-        ids = np.concatenate([part for doc in encoded for part in (doc, [eos])])
+    for group in _groups(source, split, tokenizer):
+        lengths = np.array([len(ids) + 1 for ids in group.ids], np.int64)
+        ids = np.concatenate([part for doc in group.ids for part in (doc, [eos])])
         _check_range(ids, tokenizer.vocab_size, source)
         writer.append("tokens", ids.astype(dtype))
         writer.append("offsets", end + np.cumsum(lengths))
         end += int(lengths.sum())
+        if group.scored is not None:
+            scored = np.concatenate(group.scored)
+            writer.append("scored", scored)
+            ids = ids[scored]
         counted = int(size_of[ids].sum(dtype=np.int64))
         token_bytes += counted
-        num_bytes += sum(len(t.encode()) for t in texts) if texts else counted
+        num_bytes += counted if group.num_bytes is None else group.num_bytes
     if token_bytes != num_bytes:
         log.warning(
             "this tokenizer does not keep text exactly (%d bytes of text, %d of tokens): bits per "
@@ -119,20 +144,37 @@ def _tokenize(source: Source, split: str, tokenizer: Tokenizer, writer: ArrayWri
     return {"num_bytes": num_bytes}
 
 
-def _encoded(
-    documents: Iterable[str | np.ndarray], tokenizer: Tokenizer
-) -> Iterator[tuple[list[str], list[np.ndarray]]]:
-    """Groups of documents as (texts, their ids); no texts where the source gives ids."""
-    texts: list[str] = []
-    arrays: list[np.ndarray] = []
+def _groups(source: Source, split: str, tokenizer: Tokenizer) -> Iterator[_Group]:
+    """The split's documents, some at a time."""
+    for documents in _grouped(source.documents(split)):
+        if _has_dialogues(source):
+            found = dialogue.encoded(documents, tokenizer)
+            yield _Group(
+                ids=[one.ids for one in found],
+                num_bytes=sum(one.num_bytes for one in found),
+                scored=[one.scored for one in found],
+            )
+        elif isinstance(documents[0], str):
+            num_bytes = sum(len(text.encode()) for text in documents)
+            yield _Group(ids=tokenizer.encode_batch(documents), num_bytes=num_bytes)
+        elif isinstance(documents[0], Dialogue):
+            raise TypeError(f"{type(source).__name__} gives dialogues: it needs `dialogues = True`")
+        else:
+            yield _Group(ids=documents, num_bytes=None)
+
+
+def _grouped(documents: Iterable) -> Iterator[list]:
+    """Neighbours, together about `_ENCODE_BYTES` long."""
+    group: list = []
     size = 0
     for document in documents:
-        (texts if isinstance(document, str) else arrays).append(document)
-        size += len(document)
+        group.append(document)
+        size += len(document.text if isinstance(document, Dialogue) else document)
         if size >= _ENCODE_BYTES:
-            yield texts, tokenizer.encode_batch(texts) if texts else arrays
-            texts, arrays, size = [], [], 0
-    yield texts, tokenizer.encode_batch(texts) if texts else arrays
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def _check_range(ids: np.ndarray, vocab_size: int, source: Source) -> None:

@@ -8,8 +8,6 @@ import json
 import pathlib
 from collections.abc import Iterator
 
-import numpy as np
-
 from moejax.data.errors import DataError
 from moejax.data.fingerprint import files_fingerprint, fingerprint, held_out, relative_name
 from moejax.data.source import Skipped, check_holdout, check_split, existing
@@ -38,16 +36,11 @@ class JsonLines:
         check_holdout(self, self.holdout_every)
         skipped = Skipped(f"lines in {self.path!r} without a text in field {self.field!r}")
         count = 0
-        held = self._held_out()
-        number = 0
-        for name, path in self._files():
-            for line_number, line in _lines(path):
-                keep = held[number] == (split == "eval")
-                number += 1
-                text = self._text(f"{name}:{line_number}", line, skipped) if keep else ""
-                if text:
-                    count += 1
-                    yield text
+        for where, line in lines_of(self.path, split, self.holdout_every):
+            text = self._text(where, line, skipped)
+            if text:
+                count += 1
+                yield text
         skipped.report()
         if not count:
             raise DataError(
@@ -57,26 +50,7 @@ class JsonLines:
 
     def fingerprint(self, split: str) -> str:
         check_split(split)
-        files = files_fingerprint(self._root, [path for _, path in self._files()])
-        return fingerprint(files, self.field, self.holdout_every, split)
-
-    @property
-    def _root(self) -> pathlib.Path:
-        return existing(self.path, what="JSON Lines file or folder")
-
-    def _files(self) -> list[tuple[str, pathlib.Path]]:
-        root = self._root
-        if root.is_file():
-            return [(root.name, root)]
-        found = [p for end in ("*.jsonl", "*.jsonl.gz") for p in root.rglob(end) if p.is_file()]
-        if not found:
-            raise DataError(f"folder {str(root)!r} holds no *.jsonl file: correct the path")
-        return sorted((relative_name(root, p), p) for p in found)
-
-    def _held_out(self) -> np.ndarray:
-        """bool, one per non-blank line of all files, in order."""
-        names = [f"{name}:{n}" for name, path in self._files() for n, _ in _lines(path)]
-        return held_out(names, self.holdout_every)
+        return fingerprint(content_fingerprint(self.path), self.field, self.holdout_every, split)
 
     def _text(self, where: str, line: bytes, skipped: Skipped) -> str:
         try:
@@ -89,7 +63,45 @@ class JsonLines:
             fields = ", ".join(map(repr, record)) if isinstance(record, dict) else "none"
             skipped.add(where, f"its fields: {fields}")
             return ""
-        return text.encode("utf-8", "replace").decode()  # "\ud800" is JSON but not text
+        return valid(text)
+
+
+def valid(text: str) -> str:
+    """The text without what UTF-8 cannot hold: a lone surrogate is JSON but not text."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def lines_of(path: str, split: str, holdout_every: int) -> Iterator[tuple[str, bytes]]:
+    """("file:line", line) of every line of a split that is not blank, in order.
+
+    One line in `holdout_every`, chosen by a hash of file name and line number, is held out.
+    """
+    files = _files(path)
+    names = [f"{name}:{number}" for name, file in files for number, _ in _lines(file)]
+    chosen = held_out(names, holdout_every) == (split == "eval")
+    lines = (line for _, file in files for _, line in _lines(file))
+    for where, line, keep in zip(names, lines, chosen, strict=True):
+        if keep:
+            yield where, line
+
+
+def content_fingerprint(path: str) -> str:
+    """Changes when a name or the content of one of the files does."""
+    return files_fingerprint(_root(path), [file for _, file in _files(path)])
+
+
+def _root(path: str) -> pathlib.Path:
+    return existing(path, what="JSON Lines file or folder")
+
+
+def _files(path: str) -> list[tuple[str, pathlib.Path]]:
+    root = _root(path)
+    if root.is_file():
+        return [(root.name, root)]
+    found = [p for end in ("*.jsonl", "*.jsonl.gz") for p in root.rglob(end) if p.is_file()]
+    if not found:
+        raise DataError(f"folder {str(root)!r} holds no *.jsonl file: correct the path")
+    return sorted((relative_name(root, p), p) for p in found)
 
 
 def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:

@@ -3,12 +3,16 @@
 A row is a list of *pieces*: runs of predictions of one document (see `documents.py`). Every
 prediction of every document is in exactly one piece. The index depends only on the documents,
 the packing, the row length and the seed, and any row can be made at any time.
+
+Dialogues are never cut in two: a response without its prompt is another task. What of one goes
+beyond a row is left out, and so is one of which no scored token is left; both are reported.
 """
 
 from __future__ import annotations
 
 import bisect
 import dataclasses
+import logging
 import pathlib
 from typing import Protocol, runtime_checkable
 
@@ -16,9 +20,12 @@ import numpy as np
 
 from moejax.data.cache import ArrayWriter, open_or_build
 from moejax.data.documents import Documents
+from moejax.data.errors import DataError
 from moejax.data.fingerprint import fingerprint
 from moejax.data.rows import Rows
 from moejax.data.shuffle import order
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 
@@ -189,24 +196,63 @@ def packed(
     """
     config = [type(packing).__qualname__, dataclasses.asdict(packing)]
     key = fingerprint("rows", FORMAT, documents.fingerprint, config, seq_len, seed)
-    arrays, _ = open_or_build(
+    arrays, info = open_or_build(
         pathlib.Path(cache_dir) / "rows" / key,
         key,
         lambda writer: _index(documents, packing, seq_len, seed, writer),
         what=f"the row index for length {seq_len}",
     )
-    return Rows(documents=documents, seq_len=seq_len, fingerprint=key, **arrays)
+    if info.get("num_cut"):
+        log.warning(
+            "of %d records %d are longer than a row of %d tokens and were cut there; %d of them "
+            "were left out, because nothing of a response was left",
+            *(len(documents.offsets) - 1, info["num_cut"], seq_len, info["num_left_out"]),
+        )
+    return Rows(
+        documents=documents,
+        seq_len=seq_len,
+        fingerprint=key,
+        num_scored=info.get("num_scored", documents.num_predictions),
+        **arrays,
+    )
 
 
 def _index(
     documents: Documents, packing: Packing, seq_len: int, seed: int | None, writer: ArrayWriter
 ) -> dict:
-    lengths = np.diff(documents.offsets)
+    start, lengths, info = _to_pack(documents, seq_len)
     shuffled = np.arange(len(lengths)) if seed is None else order(len(lengths), seed)
     pieces = packing.pack(lengths[shuffled], seq_len)
-    begin = documents.offsets[shuffled[pieces.document]] + pieces.start
+    if documents.scored is not None and len(pieces.length) > len(lengths):
+        raise DataError(
+            f"data.packing={type(packing).__name__} cuts records in two, and a response would lose "
+            "its prompt: use BestFit"
+        )
+    begin = start[shuffled[pieces.document]] + pieces.start
     num_rows = int(pieces.row[-1]) + 1
     writer.append("begin", begin.astype(np.int64))
     writer.append("length", pieces.length.astype(np.int32))
     writer.append("first", np.searchsorted(pieces.row, np.arange(num_rows + 1)).astype(np.int64))
-    return {}
+    return info
+
+
+def _to_pack(documents: Documents, seq_len: int) -> tuple[np.ndarray, np.ndarray, dict]:
+    """(first prediction, number of predictions) of what is packed, and what was left out."""
+    start, lengths = documents.offsets[:-1], np.diff(documents.offsets)
+    if documents.scored is None:
+        return start, lengths, {}
+    before = np.append(0, np.cumsum(documents.scored[1:]))  # scored targets before a prediction
+    kept = np.minimum(lengths, seq_len)
+    num_scored = before[start + kept] - before[start]
+    some = num_scored > 0
+    if not some.any():
+        raise DataError(
+            f"none of {len(lengths)} records has a response within the first {seq_len} tokens: "
+            "raise sequence_length"
+        )
+    info = {
+        "num_scored": int(num_scored.sum()),
+        "num_cut": int((lengths > seq_len).sum()),
+        "num_left_out": int((~some).sum()),
+    }
+    return start[some], kept[some], info

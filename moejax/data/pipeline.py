@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 from moejax.data.baselines import compression_baselines
+from moejax.data.dialogue import Dialogue
 from moejax.data.documents import tokenized
 from moejax.data.errors import DataError
 from moejax.data.fingerprint import fingerprint
@@ -43,10 +44,11 @@ class Loaders:
       tokenizer: what the ids mean; goes into the checkpoint.
       fingerprint: equal exactly when the same step gives the same batch; goes into the
         checkpoint beside the step.
-      held_out_bytes: UTF-8 bytes of the held-out text. Bits per byte is the summed loss of all
-        targets of `eval` in nats / ln 2 / `held_out_bytes`.
+      held_out_bytes: UTF-8 bytes of the held-out text, of dialogues of what is scored. Bits per
+        byte is the summed loss of all targets of `eval` in nats / ln 2 / `held_out_bytes`.
       num_train_tokens: predictions in one epoch of every training source.
-      num_held_out_tokens: predictions in `eval`.
+      num_scored_tokens: those of them that count: all, but for dialogues only the responses'.
+      num_held_out_tokens: predictions in `eval` that count.
       efficiency: share of training positions that are not padding.
     """
 
@@ -56,6 +58,7 @@ class Loaders:
     fingerprint: str
     held_out_bytes: int
     num_train_tokens: int
+    num_scored_tokens: int
     num_held_out_tokens: int
     efficiency: float
     _sources: tuple[Source, ...]
@@ -63,10 +66,13 @@ class Loaders:
     _cache_dir: str
 
     def held_out_texts(self) -> Iterator[str]:
-        """The held-out documents as text."""
+        """The held-out documents as text; of dialogues the responses."""
         for source in self._sources:
             for document in source.documents("eval"):
-                yield document if isinstance(document, str) else self.tokenizer.decode(document)
+                if isinstance(document, Dialogue):
+                    yield document.responses
+                else:
+                    yield document if isinstance(document, str) else self.tokenizer.decode(document)
 
     def compression_baselines(self) -> dict[str, float]:
         """Bits per byte of `gzip -9` and `xz -9` on the held-out text; kept in the cache."""
@@ -125,7 +131,7 @@ class Data:
         train = [pack(d, seed=seed if self.shuffle else None) for d in splits["train"]]
         held_out = [pack(d, seed=None) for d in splits["eval"]]
         _check_enough(sum(map(len, train)), seq_len, batch_size)
-        num_train_tokens = sum(d.num_predictions for d in splits["train"])
+        num_train_tokens = sum(rows.num_predictions for rows in train)
         loaders = Loaders(
             train=TrainLoader(
                 train, weights=weights, batch_size=batch_size, seed=seed, shuffle=self.shuffle
@@ -136,17 +142,18 @@ class Data:
                 *("batches", FORMAT, [r.fingerprint for r in train], weights),
                 *(batch_size, seed, self.shuffle),
             ),
-            held_out_bytes=sum(d.num_bytes for d in splits["eval"]),
+            held_out_bytes=sum(rows.num_bytes(tokenizer.token_bytes()) for rows in held_out),
             num_train_tokens=num_train_tokens,
-            num_held_out_tokens=sum(d.num_predictions for d in splits["eval"]),
+            num_scored_tokens=sum(rows.num_scored for rows in train),
+            num_held_out_tokens=sum(rows.num_scored for rows in held_out),
             efficiency=num_train_tokens / (sum(map(len, train)) * seq_len),
             _sources=sources,
             _held_out_key=fingerprint([d.fingerprint for d in splits["eval"]]),
             _cache_dir=cache_dir,
         )
         log.info(
-            "%d training tokens in %d rows of %d (%.1f%% filled), %d held-out bytes",
-            *(num_train_tokens, loaders.train.num_rows, seq_len),
+            "%d training tokens (%d scored) in %d rows of %d (%.1f%% filled), %d held-out bytes",
+            *(num_train_tokens, loaders.num_scored_tokens, loaders.train.num_rows, seq_len),
             *(100 * loaders.efficiency, loaders.held_out_bytes),
         )
         return loaders

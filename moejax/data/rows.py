@@ -12,6 +12,7 @@ from moejax.data.documents import Documents
 from moejax.types import Batch
 
 PADDING = -1  # the row number of a row without tokens
+_ROWS_AT_ONCE = 256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,7 @@ class Rows:
       length: int32 [num pieces], its number of predictions.
       first: int64 [num rows + 1], each row's first piece.
       fingerprint: of documents, packing, seq_len and seed.
+      num_scored: targets that count, of all rows.
     """
 
     documents: Documents
@@ -33,26 +35,44 @@ class Rows:
     length: np.ndarray
     first: np.ndarray
     fingerprint: str
+    num_scored: int
 
     def __len__(self) -> int:
         return len(self.first) - 1
 
     @functools.cached_property
+    def num_predictions(self) -> int:
+        """Positions that are not padding, of all rows."""
+        return int(self.length.sum(dtype=np.int64))
+
+    @functools.cached_property
     def efficiency(self) -> float:
         """The share of positions that are not padding."""
-        return self.documents.num_predictions / (len(self) * self.seq_len)
+        return self.num_predictions / (len(self) * self.seq_len)
+
+    def num_bytes(self, token_bytes: np.ndarray) -> int:
+        """UTF-8 bytes of the targets that count; `token_bytes` [V] are those of every token."""
+        if self.documents.scored is None:
+            return self.documents.num_bytes
+        total = 0
+        for start in range(0, len(self), _ROWS_AT_ONCE):
+            batch = self.batch(np.arange(start, min(start + _ROWS_AT_ONCE, len(self))))
+            total += int(token_bytes[batch.targets[batch.loss_mask]].sum(dtype=np.int64))
+        return total
 
     def apart(self) -> Rows:
         """The same documents in order, one in each row, without those longer than a row."""
-        offsets = self.documents.offsets
+        offsets, scored = self.documents.offsets, self.documents.scored
         lengths = np.diff(offsets)
         fits = lengths <= self.seq_len
+        counts = lengths if scored is None else np.diff(np.append(0, np.cumsum(scored))[offsets + 1])
         return dataclasses.replace(
             self,
             begin=offsets[:-1][fits],
             length=lengths[fits].astype(np.int32),
             first=np.arange(fits.sum() + 1),
             fingerprint=f"{self.fingerprint}, apart",
+            num_scored=int(counts[fits].sum()),
         )
 
     def row(self, number: int) -> Batch:
@@ -75,7 +95,9 @@ def mixed_batch(parts: Sequence[Rows], part: np.ndarray, numbers: np.ndarray) ->
     Returns:
       Fields [B, S]; int32, `loss_mask` bool. Each piece is a segment, numbered from 1 within its
       row; its targets are the tokens that follow in its document, the last one included (at a
-      cut that is the first token of the document's next piece). `sources` is None for one part.
+      cut that is the first token of the document's next piece). `loss_mask` is True where the
+      target is scored: at every token that is not padding, but for dialogues. `sources` is None
+      for one part.
     """
     shape = (len(numbers), parts[0].seq_len)
     rows_of = [np.flatnonzero(part == p) for p in range(len(parts))]
@@ -97,7 +119,8 @@ def mixed_batch(parts: Sequence[Rows], part: np.ndarray, numbers: np.ndarray) ->
     return Batch(
         tokens=tokens.reshape(shape),
         targets=targets.reshape(shape),
-        loss_mask=(segment_ids > 0).reshape(shape),
+        loss_mask=_scored(parts, rows_of, stream.reshape(shape) + 1)
+        & (segment_ids > 0).reshape(shape),
         segment_ids=segment_ids.reshape(shape),
         positions=positions.reshape(shape),
         sources=_sources(part, shape) if len(parts) > 1 else None,
@@ -155,4 +178,13 @@ def _gather(parts: Sequence[Rows], rows_of: list[np.ndarray], stream: np.ndarray
     out = np.empty(stream.shape, np.int32)
     for rows, at in zip(parts, rows_of, strict=True):
         out[at] = rows.documents.tokens[stream[at]]
+    return out
+
+
+def _scored(parts: Sequence[Rows], rows_of: list[np.ndarray], stream: np.ndarray) -> np.ndarray:
+    """bool [B, S]: whether the tokens at these places of each row's own stream count."""
+    out = np.ones(stream.shape, bool)
+    for rows, at in zip(parts, rows_of, strict=True):
+        if rows.documents.scored is not None:
+            out[at] = rows.documents.scored[stream[at]]
     return out

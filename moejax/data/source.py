@@ -2,9 +2,11 @@
 
 A source is a frozen dataclass (so it can be a config) with `documents(split)` and
 `fingerprint(split)`. The splits are "train" and "eval"; "eval" is the held-out part. Documents
-come in a fixed order, and are text, or int32 token arrays where the data is already tokenised.
+come in a fixed order, and are text, or int32 token arrays where the data is already tokenised, or
+pairs and conversations (`dialogue.py`), of which only the responses are scored.
 
-This file holds the protocol and folders of text files; see also `jsonl.py`, `token_arrays.py`.
+This file holds the protocol and folders of text files; see also `jsonl.py`, `token_arrays.py` and
+`chat.py`.
 """
 
 from __future__ import annotations

@@ -14,6 +14,9 @@ import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
+from moejax.data import chat_template
+from moejax.data.chat_template import ChatTemplate
+from moejax.data.dialogue import Dialogue
 from moejax.data.errors import DataError
 from moejax.data.fingerprint import fingerprint
 from moejax.data.source import Source, existing
@@ -36,7 +39,9 @@ class Subwords(Tokenizer):
     cannot end itself.
     """
 
-    def __init__(self, model: dict, *, vocab_size: int, eos_id: int):
+    def __init__(
+        self, model: dict, *, vocab_size: int, eos_id: int, chat: ChatTemplate | None = None
+    ):
         # Kept as it came, not as this version of the library would write it: the fingerprint
         # must not change with the library.
         self._model = model
@@ -46,10 +51,12 @@ class Subwords(Tokenizer):
         self._backend.no_padding()
         self.vocab_size = vocab_size
         self.eos_id = eos_id
+        self.chat = chat
 
     @classmethod
     def from_spec(cls, spec: dict) -> Subwords:
-        return cls(spec["model"], vocab_size=spec["vocab_size"], eos_id=spec["eos_id"])
+        chat = ChatTemplate.from_spec(spec["chat"]) if "chat" in spec else None
+        return cls(spec["model"], vocab_size=spec["vocab_size"], eos_id=spec["eos_id"], chat=chat)
 
     def spec(self) -> dict:
         return {
@@ -57,7 +64,11 @@ class Subwords(Tokenizer):
             "vocab_size": self.vocab_size,
             "eos_id": self.eos_id,
             "model": self._model,
-        }
+        } | ({} if self.chat is None else {"chat": self.chat.spec()})
+
+    def special_ids(self) -> dict[str, int]:
+        added = self._model.get("added_tokens") or []
+        return {token["content"]: token["id"] for token in added if token.get("special")}
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]
@@ -191,7 +202,8 @@ class HFTokenizer:
         except (KeyError, TypeError, ValueError) as e:
             raise DataError(f"{str(file)!r} is not a Hugging Face tokenizer: {e}") from e
         vocab_size, eos_id = self._sizes(backend, file)
-        return Subwords(model, vocab_size=vocab_size, eos_id=eos_id)
+        chat = chat_template.read(file.parent)
+        return Subwords(model, vocab_size=vocab_size, eos_id=eos_id, chat=chat)
 
     def _sizes(self, backend: tokenizers.Tokenizer, file: pathlib.Path) -> tuple[int, int]:
         eos_token = self.eos_token or _config_eos_token(file.parent)
@@ -227,6 +239,9 @@ def _config_eos_token(folder: pathlib.Path) -> str | None:
 
 def _texts(source: Source) -> Iterable[str]:
     for document in source.documents("train"):
+        if isinstance(document, Dialogue):
+            yield document.text
+            continue
         if not isinstance(document, str):
             raise DataError(
                 "a BPE cannot be trained on token arrays: set data.tokenizer to the one that made "

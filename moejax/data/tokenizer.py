@@ -20,6 +20,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from moejax.data.chat_template import ChatTemplate
 from moejax.data.errors import DataError
 from moejax.data.fingerprint import fingerprint
 
@@ -32,6 +33,7 @@ class Tokenizer(abc.ABC):
 
     vocab_size: int  # all ids are in [0, vocab_size)
     eos_id: int
+    chat: ChatTemplate | None = None  # how its model was told to lay a conversation out
 
     @abc.abstractmethod
     def encode(self, text: str) -> np.ndarray:
@@ -56,10 +58,14 @@ class Tokenizer(abc.ABC):
     def spec(self) -> dict:
         """All that is needed to build the tokenizer again, as JSON-able values."""
 
+    def special_ids(self) -> dict[str, int]:
+        """{text: id} of the special tokens, which `encode` never gives."""
+        return {}
+
     @functools.cache  # noqa: B019 - a process holds one or two tokenizers
     def fingerprint(self) -> str:
-        """Equal exactly for tokenizers that encode alike."""
-        return fingerprint(self.spec())
+        """Equal exactly for tokenizers that encode alike, whatever their chat template."""
+        return fingerprint({k: v for k, v in self.spec().items() if k != "chat"})
 
     def save(self, path: str | os.PathLike) -> pathlib.Path:
         """Writes one JSON file and returns its path.
