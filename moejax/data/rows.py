@@ -65,7 +65,9 @@ class Rows:
         offsets, scored = self.documents.offsets, self.documents.scored
         lengths = np.diff(offsets)
         fits = lengths <= self.seq_len
-        counts = lengths if scored is None else np.diff(np.append(0, np.cumsum(scored))[offsets + 1])
+        counts = (
+            lengths if scored is None else np.diff(np.append(0, np.cumsum(scored))[offsets + 1])
+        )
         return dataclasses.replace(
             self,
             begin=offsets[:-1][fits],

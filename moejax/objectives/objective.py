@@ -28,8 +28,8 @@ jax.tree_util.register_dataclass(Result, data_fields=["terms", "measures", "stat
 class Objective(Protocol):
     """What a run minimises: the sum over its terms of weight * sum / count.
 
-    The term `lm` is the cross-entropy in nats per token of the text that shall be modelled; the
-    measure `bits_per_byte` is of the same text.
+    The term `lm` is the cross-entropy in nats per token of the text that shall be modelled. The
+    measure `bits_per_byte` is of all targets that count, so that it compares with compressors.
     """
 
     def weights(self, model: Transformer) -> dict[str, float]:

@@ -26,7 +26,8 @@ class SampleRouting:
 
     Attributes:
       routing: router probabilities over all experts at the last token of the prompt, per layer.
-      successful: whether every token of the response is the model's likeliest.
+      successful: whether every token of the response is the model's likeliest, but for the one
+        that closes it.
       keys: `samples.document_keys` with this `salt`.
       has_prompt: whether something precedes the response, beside the mark of a document's begin.
     """
@@ -50,13 +51,15 @@ def sample_routing(
     @jax.jit
     def read(variables: Variables, batch: Batch):
         out = forward(model, variables, batch, record=True)
-        right = (out.logits.argmax(-1) == batch.targets) | ~batch.loss_mask
+        # Without the token that closes a response: an untuned model need not know that it ends.
+        said = batch.loss_mask & jnp.pad(batch.loss_mask[:, 1:], ((0, 0), (0, 1)))
+        right = (out.logits.argmax(-1) == batch.targets) | ~said
         at = before_responses(batch)
         probs = [layer_trace(model, out.stats, layer)["probs"] for layer in layers]
         probs = jnp.stack(probs, axis=1).reshape(*batch.tokens.shape, len(layers), -1)
         place = at.argmax(axis=1)
         routing = jnp.take_along_axis(probs, place[:, None, None, None], axis=1)[:, 0]
-        return routing, right.all(axis=1) & at.any(axis=1), place > 0, batch.segment_ids[:, 0] > 0
+        return routing, right.all(axis=1) & said.any(axis=1), place > 0, batch.segment_ids[:, 0] > 0
 
     on_device = lambda batch: jax.tree.map(jnp.asarray, batch)
     found = [jax.device_get(read(variables, on_device(batch))) for batch in batches()]

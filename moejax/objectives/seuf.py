@@ -74,8 +74,8 @@ class UnlearnExpert:
             "forget": _sum(nll, batch.loss_mask & forgets),
             "anchor": _sum(self._distance(model, out, batch), (batch.segment_ids > 0) & forgets),
         }
-        num_bytes = _sum(jnp.asarray(token_bytes)[batch.targets], batch.loss_mask & ~forgets)[0]
-        nats = jax.lax.stop_gradient(own["lm"][0])
+        num_bytes = _sum(jnp.asarray(token_bytes)[batch.targets], batch.loss_mask)[0]
+        nats = jax.lax.stop_gradient(own["lm"][0] + own["forget"][0])
         measures = {"bits_per_byte": (nats / math.log(2), num_bytes.astype(nats.dtype))}
         return Result(terms=own | out.terms, measures=measures, stats=without_traces(out.stats))
 

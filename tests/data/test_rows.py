@@ -11,7 +11,7 @@ from moejax.data.rows import PADDING, mixed_batch
 EOS = 0
 
 
-def make_documents(lengths, name=""):
+def make_documents(lengths, name="", scored=None):
     """Document i is (i + 1) * 100 + 1, + 2, ...: every token says where it belongs."""
     stream, offsets = [EOS], [0]
     for i, n in enumerate(lengths):
@@ -22,6 +22,7 @@ def make_documents(lengths, name=""):
         offsets=np.array(offsets),
         num_bytes=0,
         fingerprint=f"{lengths}{name}",
+        scored=scored,
     )
 
 
@@ -103,3 +104,29 @@ def test_mixed_batch_takes_each_row_from_its_part(tmp_path):
     for b in range(4):
         np.testing.assert_array_equal(got[:, b], naive_row(parts[part[b]], number[b]))
     assert not got[:, 4].any()
+
+
+def test_documents_apart_are_whole_in_order_and_one_to_a_row(tmp_path):
+    lengths = [4, 9, 2, 6]
+    scored = np.random.default_rng(0).random(sum(lengths) + 1) < 0.5
+    docs = make_documents(lengths, scored=scored)
+    rows = packed(docs, BestFit(), seq_len=6, seed=1, cache_dir=str(tmp_path)).apart()
+    batch = rows.batch(np.arange(len(rows)))
+    for row, (number, length) in enumerate([(0, 4), (2, 2), (3, 6)]):
+        begin = docs.offsets[number]
+        np.testing.assert_array_equal(batch.tokens[row, :length], docs.tokens[begin:][:length])
+        expected = np.zeros(6, bool)
+        expected[:length] = scored[begin + 1 :][:length]
+        np.testing.assert_array_equal(batch.loss_mask[row], expected)
+        assert (batch.segment_ids[row] == (np.arange(6) < length)).all()
+    assert rows.num_scored == batch.loss_mask.sum()
+
+
+def test_a_batch_of_a_mixture_says_which_source_each_row_is_from(tmp_path):
+    parts = [
+        packed(make_documents(lengths), BestFit(), seq_len=6, seed=None, cache_dir=str(tmp_path))
+        for lengths in ([5, 4, 6], [3, 2])
+    ]
+    assert parts[0].batch(np.array([0])).sources is None
+    batch = mixed_batch(parts, np.array([1, 0, 0]), np.array([0, 2, PADDING]))
+    np.testing.assert_array_equal(batch.sources, np.repeat([[1], [0], [0]], 6, axis=1))

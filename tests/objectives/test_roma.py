@@ -135,7 +135,8 @@ def test_sample_routing_reads_the_last_token_of_the_prompt(model, variables):
     out = forward(model, variables, jax.tree.map(jnp.asarray, alone), record=True)
     best = np.asarray(out.logits.argmax(-1))
     targets = alone.targets.copy()
-    targets[1] = best[1]  # the second document's answer is what the model would say
+    targets[1, 2] = best[1, 2]  # the second document's answer is what the model would say,
+    targets[1, 3] = (best[1, 3] + 1) % VOCAB  # though it would not stop there
     targets[2] = (best[2] + 1) % VOCAB
     batch = dataclasses.replace(alone, targets=targets)
     found = sample_routing(model, variables, lambda: [batch], layers=(1,))
