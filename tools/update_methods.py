@@ -17,7 +17,10 @@ FAMILIES = {
     "transport": "transport",
     "experts": "experts",
     "attention": "attention",
+    "objectives": "objective",
+    "interventions": "intervention",
 }
+SHARED = ("rule.py", "objective.py", "neighbours.py", "sample_routing.py")
 BEGIN = "<!-- methods: begin (tools/update_methods.py) -->\n"
 END = "<!-- methods: end -->"
 
@@ -29,7 +32,7 @@ def table() -> str:
         for path in sorted((ROOT / "moejax" / family).glob("*.py")):
             tree = ast.parse(path.read_text(encoding="utf-8"))
             classes = [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
-            if path.name == "rule.py" or all(name.startswith("_") for name in classes):
+            if path.name in SHARED or all(name.startswith("_") for name in classes):
                 continue  # what methods share
             doc = ast.get_docstring(tree) or ""
             first = doc.split("\n", 1)[0].rstrip(".:")

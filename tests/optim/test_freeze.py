@@ -40,6 +40,12 @@ def test_split_and_merge_are_inverse():
     assert jax.tree.structure(merge(everything, nothing)) == jax.tree.structure(PARAMS)
 
 
+def test_everything_but_the_routers_is_one_pattern():
+    """The one that docs/router_methods.md names."""
+    _, frozen = split(PARAMS, ("re:(?!.*/router/).*",))
+    assert set(named_leaves(frozen)) == {"block/router/kernel"}
+
+
 def test_training_moves_the_trainable_and_leaves_every_frozen_bit():
     trainable, frozen = split(PARAMS, ("*/router/*",))
     optimizer = AdamW(schedule=WarmupCosine(peak=0.1, warmup_steps=0)).build(trainable, 5)
