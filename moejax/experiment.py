@@ -132,7 +132,7 @@ class Experiment:
                 self.objective(model, variables, batch, token_bytes=token_bytes, key=key).terms
             ),
             variables,
-            self._abstract_batch(),
+            self.abstract_batch(self.batch_size // self.num_microbatches),
             jax.ShapeDtypeStruct((_ANY_VOCABULARY,), jnp.int32),
         )
 
@@ -158,9 +158,9 @@ class Experiment:
         """The model with the tokenizer's vocabulary."""
         return dataclasses.replace(self.model, vocab_size=vocab_size)
 
-    def _abstract_batch(self) -> Batch:
-        """One microbatch."""
-        shape = (self.batch_size // self.num_microbatches, self.sequence_length)
+    def abstract_batch(self, batch_size: int) -> Batch:
+        """Shapes and dtypes of a batch of the data."""
+        shape = (batch_size, self.sequence_length)
         ids = jax.ShapeDtypeStruct(shape, jnp.int32)
         mixed = isinstance(self.data.train, Mixture)
         return Batch(

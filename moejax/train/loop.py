@@ -88,7 +88,8 @@ def _train(experiment: Experiment, mesh: Any, *, name: str, until: int | None) -
             state = run.steps(assembled.train_step, state, evaluator, until=until)
             results = {}
             if run.paused_by is None:
-                frozen.check_unchanged(workdir, state.frozen)
+                if count := frozen.check_unchanged(workdir, state.frozen):
+                    _log.info("all %d frozen leaves are bit for bit as the run found them", count)
                 results = finish.finish(
                     experiment, model, data, state.variables, evaluator, records
                 )

@@ -16,7 +16,6 @@ import pytest
 from moejax.config.build import build_config
 from moejax.config.load import config_functions, load_config
 from moejax.config.symbols import import_file
-from moejax.experiment import _abstract_batch
 from moejax.kernels import accepted
 from moejax.kernels.grouped_matmul.implementations import Choice
 from moejax.train.state import init_state
@@ -62,7 +61,7 @@ def lowered_step(config, platform: str) -> str:
         state = jax.eval_shape(
             lambda: init_state(model, optimizer, experiment.guard, 0, trainable=trainable)
         )
-        batch = _abstract_batch(experiment.batch_size, experiment.sequence_length)
+        batch = experiment.abstract_batch(experiment.batch_size)
         traced = jit_step(step).trace(state, batch)
         return traced.lower(lowering_platforms=(platform,)).as_text()
 

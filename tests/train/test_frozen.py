@@ -11,7 +11,6 @@ from moejax.config.build import build_config
 from moejax.config.load import load_config
 from moejax.config.overrides import apply_overrides
 from moejax.errors import UserError
-from moejax.experiment import _abstract_batch
 from moejax.train import frozen
 from moejax.train.assemble import assemble
 from moejax.train.checkpoint import Checkpointer
@@ -149,7 +148,7 @@ def compiled_step(experiment):
     parts, mesh = assembled(experiment)
     with jax.set_mesh(mesh):
         state = with_sharding(jax.eval_shape(parts.fresh), parts.shardings)
-        batch = _abstract_batch(experiment.batch_size, experiment.sequence_length)
+        batch = experiment.abstract_batch(experiment.batch_size)
         return parts.train_step.lower(state, batch).compile().memory_analysis()
 
 
