@@ -3,8 +3,8 @@
     python tools/update_golden.py
 
 Inverse frequencies of every RoPE scaling rule, the selections and weights of six routers, and the
-logits of eight tiny random models with their parameters in moejax's layout. Weights are stored as
-integers on a grid, so the fixtures are small and exact. Running it again changes nothing
+logits of a tiny random model per architecture with its parameters in moejax's layout. Weights are
+stored as integers on a grid, so the fixtures are small and exact. Running it again changes nothing
 unless transformers changed; commit what it writes together with what you learnt about why.
 """
 
@@ -145,6 +145,7 @@ _TINY = {
     "attn_implementation": "eager",
     "tie_word_embeddings": False,
 }
+_DENSE = {k: v for k, v in _TINY.items() if k != "num_experts_per_tok"} | {"intermediate_size": 12}
 _NARROW = {"intermediate_size": 12, "moe_intermediate_size": 8}
 _LATENT = {key: value for key, value in _TINY.items() if key != "head_dim"} | _NARROW
 _LATENT |= {"num_key_value_heads": 4, "n_shared_experts": 2, "first_k_dense_replace": 1}
@@ -152,7 +153,7 @@ _LATENT |= {"kv_lora_rank": 10, "qk_nope_head_dim": 6, "qk_rope_head_dim": 8, "v
 
 
 def model_configs() -> dict[str, transformers.PretrainedConfig]:
-    """Eight families that between them use every option of the model."""
+    """Families that between them use every option of the model."""
     return {
         "mixtral": transformers.MixtralConfig(
             **_TINY, intermediate_size=8, num_local_experts=4, sliding_window=5
@@ -218,6 +219,15 @@ def model_configs() -> dict[str, transformers.PretrainedConfig]:
                 "mscale_all_dim": 0.7,
                 "original_max_position_embeddings": 16,
             },
+        ),
+        "llama": transformers.LlamaConfig(
+            **{k: v for k, v in _DENSE.items() if k != "head_dim"},
+            attention_bias=True,
+            mlp_bias=True,
+            rope_parameters=_LLAMA3 | {"original_max_position_embeddings": 16},
+        ),
+        "qwen3": transformers.Qwen3Config(
+            **_DENSE, use_sliding_window=True, sliding_window=5, max_window_layers=1
         ),
     }
 

@@ -6,6 +6,7 @@ import fiddle as fdl
 
 from moejax.attention.full import FullAttention
 from moejax.balance.unbalanced import Unbalanced
+from moejax.experts.dense import DenseGLU
 from moejax.experts.glu import GLU
 from moejax.interop.fields import Field, FieldLike, Named
 from moejax.interop.views import TRANSPOSED, Form, Run, Tensors
@@ -47,7 +48,14 @@ def template() -> fdl.Config:
     )
 
 
-FIELDS: tuple[FieldLike, ...] = (
+def dense_template() -> fdl.Config:
+    """The same with a dense SwiGLU in every layer and no experts."""
+    config = template()
+    config.block.ffn = fdl.Config(DenseGLU, linear=fdl.Config(Linear))
+    return config
+
+
+_FIELDS: tuple[FieldLike, ...] = (
     Field("vocab_size", ("vocab_size",)),
     Field("hidden_size", ("d_model",)),
     Field("num_hidden_layers", ("num_layers",)),
@@ -60,9 +68,9 @@ FIELDS: tuple[FieldLike, ...] = (
         default=lambda source: source.get("num_attention_heads"),
     ),
     Field("head_dim", (f"{ATTENTION}.head_dim",), default=None),
-    Field("num_experts_per_tok", (f"{FFN}.router.k",)),
     Named("dtype", ("dtype", "param_dtype"), _DTYPES, default="float32"),
 )
+FIELDS = (*_FIELDS, Field("num_experts_per_tok", (f"{FFN}.router.k",)))
 
 
 def epsilon(default: float) -> Field:
@@ -74,8 +82,19 @@ def epsilon(default: float) -> Field:
 def activation() -> Named:
     """`hidden_act`, of experts, shared experts and dense layers."""
     paths = (f"{FFN}.experts.activation", f"{FFN}.shared.activation", "dense_ffn.activation")
+    return _activation(paths)
+
+
+def _activation(paths: tuple[str, ...]) -> Named:
     names = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
     return Named("hidden_act", paths, names, default="silu")
+
+
+DENSE_FIELDS = (
+    *_FIELDS,
+    _activation((f"{FFN}.activation",)),
+    Field("intermediate_size", (f"{FFN}.d_ff",)),
+)
 
 
 def renormalised(*, default: bool) -> Named:
@@ -152,3 +171,5 @@ BACKBONE: Tensors = {
     **_linear("attention/value", "self_attn.v_proj"),
     **_linear("attention/output", "self_attn.o_proj"),
 }
+
+DENSE: Tensors = BACKBONE | glu("ffn", "mlp")

@@ -1,4 +1,4 @@
-"""Directories of eight architectures are read and written without changing a bit."""
+"""Directories of every architecture are read and written without changing a bit."""
 
 import dataclasses
 import json
@@ -69,9 +69,11 @@ NAMES = {
     "deepseek_v3": ("model.layers.0.self_attn.q_b_proj.weight", (56, 12)),
     "glm4_moe": ("model.layers.1.mlp.shared_experts.up_proj.weight", (8, 16)),
     "gpt_oss": ("model.layers.1.mlp.experts.gate_up_proj_bias", (4, 16)),
+    "llama": ("model.layers.1.mlp.down_proj.bias", (16,)),
     "mixtral": ("model.layers.1.block_sparse_moe.experts.3.w2.weight", (16, 8)),
     "olmoe": ("model.layers.0.self_attn.q_norm.weight", (16,)),
     "qwen2_moe": ("model.layers.0.mlp.shared_expert_gate.weight", (1, 16)),
+    "qwen3": ("model.layers.1.self_attn.k_norm.weight", (8,)),
     "qwen3_moe": ("model.layers.1.mlp.experts.2.gate_proj.weight", (8, 16)),
 }
 

@@ -132,6 +132,31 @@ def test_pairs_that_are_not_interleaved_are_read_as_they_are(tmp_path):
         assert torch.equal(stored(tmp_path / "ours")[key], value), key
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_a_tied_head_gives_their_logits_and_is_stored_once(name, tmp_path):
+    """As in the smaller Llama 3.2 and Qwen3 models."""
+    config = copy.deepcopy(theirs(name).config)
+    config.tie_word_embeddings = True
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model.load_state_dict(theirs(name).state_dict() | {"lm_head.weight": _embedding(name)})
+    model.save_pretrained(tmp_path / "theirs")
+    ours, variables = hf.load(tmp_path / "theirs")
+    assert "head" not in variables["params"]
+    expected = their_logits(model)
+    np.testing.assert_allclose(our_logits(ours, variables), expected, atol=1e-4, rtol=0)
+    assert np.abs(expected - their_logits(theirs(name))).max() > 0.1
+    hf.save(ours, variables, tmp_path / "ours")
+    assert "lm_head.weight" not in stored(tmp_path / "ours")
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", attn_implementation="eager"
+    )
+    np.testing.assert_array_equal(their_logits(again.eval()), expected)
+
+
+def _embedding(name: str):
+    return theirs(name).state_dict()["model.embed_tokens.weight"]
+
+
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "glm4_moe", *LATENT])
 def test_fused_and_per_expert_files_of_theirs_are_one_tree(name, tmp_path):
     theirs(name).save_pretrained(tmp_path / "each")

@@ -144,8 +144,8 @@ def test_dense_layers(config_of):
     [
         (
             OLMOE,
-            {"model_type": "llama"},
-            "'llama' is not an architecture .* glm4_moe, gpt_oss, mix",
+            {"model_type": "gpt2"},
+            "'gpt2' is not an architecture .* glm4_moe, gpt_oss, llama, mix",
         ),
         (OLMOE, {"model_type": ...}, "lacks model_type"),
         (OLMOE, {"hidden_size": ...}, "lacks hidden_size"),

@@ -1,4 +1,4 @@
-"""Eight families of transformers, tiny and random: the same weights give the same logits."""
+"""Families of transformers, tiny and random: the same weights give the same logits."""
 
 import json
 import pathlib
@@ -14,7 +14,7 @@ from moejax.balance.unbalanced import Unbalanced
 from moejax.experts.dense import DenseGLU
 from moejax.experts.glu import GLU
 from moejax.layers.norm import RMSNorm
-from moejax.layers.rope import Rope, YarnScaling
+from moejax.layers.rope import Llama3Scaling, Rope, YarnScaling
 from moejax.models.block import Block
 from moejax.models.moe import MoE
 from moejax.models.transformer import Transformer
@@ -26,12 +26,12 @@ GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 GRID = 32  # the golden files store multiples of 1/32
 
 
-def _model(attention, *, router=None, epsilon=1e-6, moe=None, **options):
+def _model(attention, *, router=None, epsilon=1e-6, moe=None, dense=None, **options):
     if isinstance(attention, dict):
         heads = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
         attention = FullAttention(**heads | attention)
     layer = {"num_experts": 4, "experts": GLU(d_ff=8), "balance": (Unbalanced(),)} | (moe or {})
-    ffn = MoE(router=router or TopK(k=2), transport=Local(), **layer)
+    ffn = dense or MoE(router=router or TopK(k=2), transport=Local(), **layer)
     block = Block(attention=attention, ffn=ffn, norm=RMSNorm(epsilon=epsilon))
     return Transformer(num_layers=2, d_model=16, vocab_size=24, block=block, **options)
 
@@ -105,6 +105,16 @@ MODELS = {
         first_k_dense=1,
         dense_ffn=DenseGLU(d_ff=12),
     ),
+    "llama": _model(
+        {
+            "head_dim": None,
+            "use_bias": True,
+            "use_output_bias": True,
+            "rope": Rope(theta=500_000.0, scaling=Llama3Scaling(original_context=16)),
+        },
+        dense=DenseGLU(d_ff=12, use_bias=True),
+    ),
+    "qwen3": _model({"qk_norm": RMSNorm()}, dense=DenseGLU(d_ff=12), windows=(None, 5)),
 }
 
 
