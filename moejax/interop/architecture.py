@@ -15,6 +15,7 @@ import fiddle as fdl
 from moejax.interop import architectures
 from moejax.interop.config_json import ConfigJson
 from moejax.interop.fields import FieldLike, Json
+from moejax.interop.tensor_files import TensorFiles
 from moejax.interop.views import Tensors
 
 _log = logging.getLogger(__name__)
@@ -32,6 +33,8 @@ class Architecture:
       tensors_of: the same for leaves about whose storage config.json has a say.
       skipped: prefixes of tensors that transformers does not load either, given the number of
         layers.
+      quantised: what reads the files of each `quant_method` that this architecture's may have.
+      files: what reads its files.
     """
 
     class_name: str
@@ -40,6 +43,8 @@ class Architecture:
     tensors: Tensors
     tensors_of: Callable[[ConfigJson], Tensors] = lambda source: {}
     skipped: Callable[[int], tuple[str, ...]] = lambda num_layers: ()
+    quantised: dict[str, type[TensorFiles]] = dataclasses.field(default_factory=dict)
+    files: type[TensorFiles] = TensorFiles
 
     def config(self, source: ConfigJson) -> fdl.Config:
         """The config of the `Transformer` that `source` describes."""
@@ -67,10 +72,10 @@ def named(model_type: str) -> Architecture:
 
 
 def of(source: ConfigJson) -> Architecture:
-    """The architecture of a config.json, with all its tensors.
+    """The architecture of a config.json, with all its tensors and what reads them.
 
     Raises:
-      UserError: it is none of ours, or quantised.
+      UserError: it is none of ours, or quantised in a way that cannot be read.
     """
     model_type = source.get("model_type")
     if model_type not in known():
@@ -78,12 +83,15 @@ def of(source: ConfigJson) -> Architecture:
             f"model_type={model_type!r} is not an architecture that can be read; known are "
             f"{', '.join(known())}"
         )
+    architecture = named(model_type)
+    files = architecture.files
     if quantisation := source.get("quantization_config", None):
         method = quantisation.get("quant_method", "unnamed")
-        raise source.refuse(
-            f"weights quantised by the method {method!r} cannot be read: store them in bfloat16, "
-            "float16 or float32 first"
-        )
-    architecture = named(model_type)
+        if method not in architecture.quantised:
+            raise source.refuse(
+                f"weights quantised by the method {method!r} cannot be read: store them in "
+                "bfloat16, float16 or float32 first"
+            )
+        files = architecture.quantised[method]
     tensors = architecture.tensors | architecture.tensors_of(source)
-    return dataclasses.replace(architecture, tensors=tensors)
+    return dataclasses.replace(architecture, tensors=tensors, files=files)

@@ -6,7 +6,9 @@
 
 Weights are safetensors in bfloat16, float16 or float32, in one file or in shards, with a tensor
 for every expert or the fused tensors of transformers 5. Nothing is computed on the way, so what
-is loaded and saved again has the same bits. The architectures are the files in `architectures/`.
+is loaded and saved again has the same bits. The MXFP4 experts of gpt-oss are read as bfloat16,
+which holds their values exactly, and saved as such. The architectures are the files in
+`architectures/`.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from moejax.interop.config_json import ConfigJson
 from moejax.interop.description import Description
 from moejax.interop.reading import StoredLeaf, check_names
 from moejax.interop.same_model import differences
-from moejax.interop.tensor_files import TensorFiles, read_json
+from moejax.interop.tensor_files import read_json
 from moejax.interop.tensor_writer import appearing_whole, write_json, write_tensors
 from moejax.interop.writing import tensors_of
 from moejax.models.output import Variables
@@ -115,7 +117,7 @@ def is_checkpoint(directory: PathLike) -> bool:
 def _stored_leaves(
     directory: pathlib.Path, model: Transformer, found: Description
 ) -> Iterator[StoredLeaf]:
-    files, named = TensorFiles(directory), mapping.leaves(model, found.architecture)
+    files, named = found.architecture.files(directory), mapping.leaves(model, found.architecture)
     skipped = found.architecture.skipped(model.num_layers)
     check_names(files, named, skipped=skipped, tied=model.tied_head)
     return (StoredLeaf(files, leaf) for leaf in named)
@@ -152,8 +154,9 @@ def save(
         found = descriptions.of_same_model(pathlib.Path(source) / _CONFIG, model)
     tensors = tensors_of(model, variables, found, dtype)
     embedding = next(tensor for tensor in tensors if "embed" in tensor.name)
-    # The older of the two names, which every version of transformers reads.
-    values = {key: value for key, value in found.values.items() if key != "dtype"}
+    # The older of the two names of the dtype, which every version of transformers reads.
+    stale = ("dtype", "quantization_config")  # what is written is not quantised
+    values = {key: value for key, value in found.values.items() if key not in stale}
     values |= {"torch_dtype": str(embedding.dtype)}
     with appearing_whole(pathlib.Path(directory)) as partial:
         write_tensors(partial, tensors, max_shard_bytes)

@@ -13,7 +13,7 @@ import numpy as np
 from moejax.errors import UserError
 from moejax.interop.mapping import Leaf
 from moejax.interop.tensor_files import TensorFiles
-from moejax.interop.views import copy_into
+from moejax.interop.views import Computed, copy_into
 from moejax.types import at_least_f32
 
 _log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class StoredLeaf:
 
     def __init__(self, files: TensorFiles, leaf: Leaf):
         self.path, self.shape = leaf.path, leaf.shape
-        self._tensors: dict[tuple[int, ...], np.ndarray] = {}
+        self._tensors: dict[tuple[int, ...], np.ndarray | Computed] = {}
         for part in leaf.parts(files.names):
             if part.tensor not in files:
                 raise UserError(f"{files.directory} lacks tensor {part.tensor} (for {leaf.path})")

@@ -88,17 +88,33 @@ class TensorFiles:
 
     def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """The tensor, mapped and not yet read. UserError where its shape is another."""
-        entry, dtype = self._entries[name], self.dtype(name)
+        dtype = self.dtype(name)
+        self.check_shape(name, shape)
+        return self._mapped(name, dtype)
+
+    def read_bytes(self, name: str) -> np.ndarray:
+        """A tensor of uint8, mapped and not yet read. UserError where it is none."""
+        entry = self._entries[name]
+        if entry.dtype != "U8":
+            raise UserError(f"{entry.file}: tensor {name} is stored as {entry.dtype} and not as U8")
+        return self._mapped(name, np.dtype(np.uint8))
+
+    def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raises UserError where the tensor's shape is another."""
+        entry = self._entries[name]
         if entry.shape != shape:
             raise UserError(
                 f"{entry.file}: tensor {name} has shape {list(entry.shape)}, but config.json "
                 f"asks for {list(shape)}"
             )
+
+    def _mapped(self, name: str, dtype: np.dtype) -> np.ndarray:
+        entry = self._entries[name]
         if entry.file not in self._maps:
             self._maps[entry.file] = np.memmap(entry.file, np.uint8, mode="r")
-        num_bytes = math.prod(shape) * dtype.itemsize
+        num_bytes = math.prod(entry.shape) * dtype.itemsize
         values = self._maps[entry.file][entry.start : entry.start + num_bytes]
-        return values.view(np.ndarray).view(dtype).reshape(shape)
+        return values.view(np.ndarray).view(dtype).reshape(entry.shape)
 
     def _open_shards(self, index: pathlib.Path) -> None:
         weight_map = read_json(index).get("weight_map")

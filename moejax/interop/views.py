@@ -2,18 +2,27 @@
 
 All of these are numpy views, or can be read and written like one (`Reordered`), so one definition
 does both: what a view shows of a tensor is our array, and what is copied into a view of an empty
-tensor is stored. The round trip is exact because nothing is ever computed.
+tensor is stored. The round trip is exact because nothing is ever computed, but for the reading of
+quantised tensors (`Computed`), which are written in another format.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 Shape = tuple[int, ...]
 _TILE = 128  # two tiles of 16 or 32 bits stay in the cache while one is turned
+
+
+@runtime_checkable
+class Computed(Protocol):
+    """An array that is made of stored ones, part by part, where it is asked for."""
+
+    def copy_to(self, target: np.ndarray) -> None:
+        """`target[...] = self`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +42,8 @@ class View:
         """All of the last axis."""
         return slice(size)
 
-    def __call__(self, tensor: np.ndarray) -> np.ndarray:
-        """Our array, a view of `tensor`."""
+    def __call__(self, tensor: np.ndarray | Computed) -> np.ndarray | Computed:
+        """Our array, a view of `tensor`. What is computed cannot be transposed."""
         turned = tensor.swapaxes(-1, -2) if self.transpose else tensor
         return turned[..., self.part(turned.shape[-1])] if turned.ndim else turned
 
@@ -118,11 +127,14 @@ class Pairs(View):
         return Reordered(turned, order)
 
 
-def copy_into(target: np.ndarray | Reordered, source: np.ndarray | Reordered) -> None:
+def copy_into(target: np.ndarray | Reordered, source: np.ndarray | Reordered | Computed) -> None:
     """`target[...] = source`, several times faster where one of them is transposed.
 
     Values of one dtype are moved as bits: numpy copies its own integers faster than bfloat16.
     """
+    if isinstance(source, Computed):
+        source.copy_to(target)
+        return
     source = np.asarray(source)
     if isinstance(target, Reordered):
         target.fill(source)

@@ -1,6 +1,6 @@
 """gpt-oss (arXiv 2508.10925): sinks, alternating windows, biases, clamped SwiGLU, fused experts.
 
-Only the 16-bit and 32-bit forms: the published MXFP4 blocks are refused.
+The experts of published files are in MXFP4, which is read and not written.
 """
 
 import fiddle as fdl
@@ -9,6 +9,7 @@ from moejax.interop import llama_style as llama
 from moejax.interop.architecture import Architecture
 from moejax.interop.config_json import ConfigJson
 from moejax.interop.fields import Field, Only, Windows, by_layer_types
+from moejax.interop.mxfp4 import Mxfp4Files
 from moejax.interop.rope_fields import RopeField
 from moejax.interop.views import Every, Form
 
@@ -66,4 +67,5 @@ ARCHITECTURE = Architecture(
     | llama.router("mlp.router")
     | {"attention/sinks": (Form(llama.in_layer("self_attn.sinks")),)}
     | {f"ffn/experts/{part}": (form,) for part, form in _FUSED.items()},
+    quantised={"mxfp4": Mxfp4Files},
 )
