@@ -32,6 +32,7 @@ _PARENTS = {
     "self_attn": "attention",
     "mlp": "ffn",
     "gate": "router",
+    "router": "router",
     "shared_expert": "shared",
     "shared_experts": "shared",
 }

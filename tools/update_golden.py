@@ -27,8 +27,10 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkR
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.olmoe.modeling_olmoe import OlmoeTopKRouter
+from transformers.models.phimoe.modeling_phimoe import sparsemixer
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
+from tools.golden_models import LLAMA3, model_configs
 from tools.golden_names import converted
 
 GOLDEN = pathlib.Path(__file__).resolve().parent.parent / "tests" / "golden"
@@ -36,22 +38,25 @@ GRID = 32  # stored integers of the models are this many times the value
 ROUTER_GRID = 4096  # finer, so that no two experts tie
 
 _DEFAULT = {"rope_type": "default", "rope_theta": 10_000.0}
-_LLAMA3 = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0}
-_LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-_LLAMA3 |= {"original_max_position_embeddings": 8192}
 _YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 40.0}
 _YARN |= {"original_max_position_embeddings": 4096}
+_SHORT, _LONG = [1.0 + i / 16 for i in range(8)], [1.0 + i for i in range(8)]
+_LONGROPE = {"rope_type": "longrope", "rope_theta": 10_000.0, "attention_factor": 1.25}
+_LONGROPE |= {"short_factor": _SHORT, "long_factor": _LONG}
+_LONGROPE |= {"original_max_position_embeddings": 4096}
 
 ROPE = {  # name: (head_dim, parameters as in a checkpoint's config.json)
     "default": (16, _DEFAULT),
     "partial": (16, _DEFAULT | {"partial_rotary_factor": 0.5}),
     "linear": (16, {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}),
-    "llama3": (64, _LLAMA3),
+    "llama3": (64, LLAMA3),
     "yarn": (64, _YARN),
     "yarn_not_truncated": (64, _YARN | {"truncate": False}),
     "deepseek_v3": (64, _YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}),
     "stated_factor": (64, _YARN | {"factor": 4.0, "attention_factor": 1.25}),
     "gpt_oss": (64, _YARN | {"rope_theta": 150_000.0, "factor": 32.0, "truncate": False}),
+    "longrope_4096": (16, _LONGROPE),
+    "longrope_4097": (16, _LONGROPE),
 }
 
 
@@ -70,7 +75,9 @@ def rope_goldens() -> dict:
             embedding = transformers.models.glm4_moe.modeling_glm4_moe.Glm4MoeRotaryEmbedding
             inverse, factor = embedding.compute_default_rope_parameters(config)
         else:
-            inverse, factor = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, "cpu")
+            rule = ROPE_INIT_FUNCTIONS[parameters["rope_type"]]
+            long = {"seq_len": int(name[-4:])} if parameters is _LONGROPE else {}
+            inverse, factor = rule(config, "cpu", **long)
         out[name] = {
             "head_dim": head_dim,
             "parameters": parameters,
@@ -133,103 +140,25 @@ def router_goldens() -> dict[str, np.ndarray]:
     return {key: np.asarray(value) for key, value in out.items()}
 
 
-_TINY = {
-    "vocab_size": 24,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "num_experts_per_tok": 2,
-    "attn_implementation": "eager",
-    "tie_word_embeddings": False,
-}
-_DENSE = {k: v for k, v in _TINY.items() if k != "num_experts_per_tok"} | {"intermediate_size": 12}
-_NARROW = {"intermediate_size": 12, "moe_intermediate_size": 8}
-_LATENT = {key: value for key, value in _TINY.items() if key != "head_dim"} | _NARROW
-_LATENT |= {"num_key_value_heads": 4, "n_shared_experts": 2, "first_k_dense_replace": 1}
-_LATENT |= {"kv_lora_rank": 10, "qk_nope_head_dim": 6, "qk_rope_head_dim": 8, "v_head_dim": 5}
-
-
-def model_configs() -> dict[str, transformers.PretrainedConfig]:
-    """Families that between them use every option of the model."""
-    return {
-        "mixtral": transformers.MixtralConfig(
-            **_TINY, intermediate_size=8, num_local_experts=4, sliding_window=5
-        ),
-        "olmoe": transformers.OlmoeConfig(
-            **{k: v for k, v in _TINY.items() if k != "head_dim"} | {"num_key_value_heads": 4},
-            intermediate_size=8,
-            num_experts=4,
-        ),
-        "qwen2_moe": transformers.Qwen2MoeConfig(
-            **_TINY, **_NARROW, shared_expert_intermediate_size=12, num_experts=4
-        ),
-        "qwen3_moe": transformers.Qwen3MoeConfig(
-            **_TINY, **_NARROW, num_experts=4, norm_topk_prob=True, decoder_sparse_step=2
-        ),
-        "glm4_moe": transformers.Glm4MoeConfig(
-            **_TINY,
-            **_NARROW,
-            n_routed_experts=4,
-            n_shared_experts=1,
-            n_group=2,
-            topk_group=1,
-            first_k_dense_replace=1,
-            use_qk_norm=True,
-            routed_scaling_factor=2.5,
-        ),
-        "gpt_oss": transformers.GptOssConfig(
-            **_TINY,
-            intermediate_size=8,
-            num_local_experts=4,
-            sliding_window=5,
-            eos_token_id=None,
-            rope_parameters={
-                "rope_type": "yarn",
-                "rope_theta": 150_000.0,
-                "factor": 32.0,
-                "truncate": False,
-                "original_max_position_embeddings": 64,
-            },
-        ),
-        "deepseek_v2": transformers.DeepseekV2Config(
-            **_LATENT,
-            q_lora_rank=None,
-            n_routed_experts=8,
-            topk_method="group_limited_greedy",
-            n_group=4,
-            topk_group=2,
-            routed_scaling_factor=4.0,
-            attention_bias=True,
-        ),
-        "deepseek_v3": transformers.DeepseekV3Config(
-            **_LATENT | {"max_position_embeddings": 640},
-            q_lora_rank=12,
-            n_routed_experts=8,
-            n_group=2,
-            topk_group=1,
-            num_mtp_layers=0,
-            rope_parameters={
-                "rope_type": "yarn",
-                "rope_theta": 10_000.0,
-                "factor": 40.0,
-                "mscale": 1.0,
-                "mscale_all_dim": 0.7,
-                "original_max_position_embeddings": 16,
-            },
-        ),
-        "llama": transformers.LlamaConfig(
-            **{k: v for k, v in _DENSE.items() if k != "head_dim"},
-            attention_bias=True,
-            mlp_bias=True,
-            rope_parameters=_LLAMA3 | {"original_max_position_embeddings": 16},
-        ),
-        "qwen3": transformers.Qwen3Config(
-            **_DENSE, use_sliding_window=True, sliding_window=5, max_window_layers=1
-        ),
-    }
+def sparsemixer_goldens() -> dict[str, np.ndarray]:
+    """Phi-3.5-MoE's router on logits [T, E], with and without training, and a gradient."""
+    rng = np.random.default_rng(50)
+    logits = _draw(rng, (48, 8), 1.0, grid=ROUTER_GRID, dtype=np.int16)
+    probe = _draw(rng, (48, 2), 1.0)
+    value = lambda: torch.from_numpy(logits / np.float32(ROUTER_GRID)).requires_grad_()
+    torch.manual_seed(0)
+    out: dict[str, np.ndarray] = {"logits": logits, "probe": probe}
+    for name, jitter, training in (
+        ("published", 0.01, False),
+        ("wide", 0.4, False),
+        ("training", 0.4, True),
+    ):
+        scores = value()
+        weights, experts = sparsemixer(scores, jitter_eps=jitter, training=training)
+        (weights * torch.from_numpy(probe / np.float32(GRID))).sum().backward()
+        found = {"experts": experts, "weights": weights.detach(), "gradient": scores.grad}
+        out |= {f"{name}/{key}": array.numpy() for key, array in found.items()}
+    return out
 
 
 def model_goldens(config: transformers.PretrainedConfig, seed: int) -> dict:
@@ -241,7 +170,7 @@ def model_goldens(config: transformers.PretrainedConfig, seed: int) -> dict:
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     stored = {}
     for key, value in model.state_dict().items():
-        norm = "norm" in key
+        norm = "norm" in key and "bias" not in key
         std = 0.1 if norm else 0.3 if "bias" in key or "sinks" in key else 1 / math.sqrt(16)
         if "embed_tokens" in key:
             std = 1.0
@@ -255,6 +184,8 @@ def model_goldens(config: transformers.PretrainedConfig, seed: int) -> dict:
         "final_norm/scale": stored.pop("model.norm.weight"),
         "head/kernel": stored.pop("lm_head.weight").T,
     }
+    if "model.norm.bias" in stored:
+        params["final_norm/bias"] = stored.pop("model.norm.bias")
     for key, value in stored.items():
         _, _, index, path = key.split(".", 3)
         params |= {f"{index}/{p}": v for p, v in converted(path, value, config).items()}
@@ -271,6 +202,7 @@ def main() -> None:
     GOLDEN.mkdir(exist_ok=True)
     (GOLDEN / "rope.json").write_text(json.dumps(rope_goldens(), indent=1) + "\n")
     np.savez_compressed(GOLDEN / "routers.npz", **router_goldens())
+    np.savez_compressed(GOLDEN / "sparsemixer.npz", **sparsemixer_goldens())
     for seed, (name, config) in enumerate(model_configs().items()):
         np.savez_compressed(GOLDEN / f"{name}.npz", **model_goldens(config, seed))
     for path in sorted(GOLDEN.iterdir()):

@@ -80,7 +80,7 @@ class FullAttention(nn.Module):
         v = project("value", self.num_kv_heads)
         q, k = jax.lax.optimization_barrier((q, k))  # the norm is computed once, not per reader
         if self.rope is not None:
-            q, k = self.rope(q, context.positions), self.rope(k, context.positions)
+            q, k = (self.rope(y, context.positions, context.cache_length) for y in (q, k))
         sinks = None
         if self.use_sinks:
             zeros = nn.with_logical_partitioning(initializers.zeros, ("heads",))

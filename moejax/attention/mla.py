@@ -116,7 +116,9 @@ class MultiHeadLatentAttention(nn.Module):
         return self.linear.copy(features=features, use_bias=use_bias, axes=axes, name=name)
 
     def _rotate(self, part: Float[Array, "B S G R"], context: Context) -> Float[Array, "B S G R"]:
-        return part if self.rope is None else self.rope(part, context.positions)
+        if self.rope is None:
+            return part
+        return self.rope(part, context.positions, context.cache_length)
 
     def _cache(self, new: Float[Array, "B S C"], context: Context) -> Float[Array, "B M C"]:
         """Every position's latent and rotated key, the new ones among them."""

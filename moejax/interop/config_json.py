@@ -75,6 +75,7 @@ _NO_EFFECT = {
     "id2label",
     "initial_context_length",
     "initializer_range",
+    "input_jitter_noise",
     "keys_to_ignore_at_inference",
     "label2id",
     "max_window_layers",

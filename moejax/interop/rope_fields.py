@@ -9,12 +9,14 @@ import fiddle as fdl
 
 from moejax.interop.config_json import ConfigJson
 from moejax.interop.fields import Json, value_at
-from moejax.layers.rope import LinearScaling, Llama3Scaling, YarnScaling
+from moejax.layers.rope import LinearScaling, Llama3Scaling, LongRopeScaling, YarnScaling
 
 _CONTEXT = "original_max_position_embeddings"
 
 # {rope_type: (our class, {the file's name: ours})}
-_SCALINGS: dict[str, tuple[type, dict[str, str]]] = {
+Scalings = dict[str, tuple[type, dict[str, str]]]
+
+_SCALINGS: Scalings = {
     "linear": (LinearScaling, {"factor": "factor"}),
     "llama3": (
         Llama3Scaling,
@@ -39,6 +41,19 @@ _SCALINGS: dict[str, tuple[type, dict[str, str]]] = {
         },
     ),
 }
+# As Phi-3.5-MoE has it; other architectures of transformers do not read the two amplitudes.
+LONGROPE: Scalings = {
+    "longrope": (
+        LongRopeScaling,
+        {
+            "short_factor": "short_factors",
+            "long_factor": "long_factors",
+            "short_mscale": "short_amplitude",
+            "long_mscale": "long_amplitude",
+            _CONTEXT: "original_context",
+        },
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +62,13 @@ class RopeField:
 
     Attributes:
       theta, fraction, scaling: what a file without these means, in the file's own terms.
+      known: the scaling rules that files of this architecture may have.
     """
 
     theta: float = 10_000.0
     fraction: float = 1.0
     scaling: dict[str, Any] = dataclasses.field(default_factory=dict)
+    known: Scalings = dataclasses.field(default_factory=lambda: _SCALINGS)
 
     def read(self, source: ConfigJson, config: fdl.Config) -> None:
         stated = _both(source) or self.scaling
@@ -62,7 +79,7 @@ class RopeField:
         rope = config.block.attention.rope
         rope.theta = float(stated.get("rope_theta", theta))
         rope.fraction = float(stated.get("partial_rotary_factor", fraction))
-        rope.scaling = _scaling(source, stated)
+        rope.scaling = _scaling(source, stated, self.known)
 
     def write(self, model: Any) -> Json:
         rope = value_at(model, ["block", "attention", "rope"])
@@ -71,31 +88,49 @@ class RopeField:
         shape: Json = {"rope_theta": rope.theta}
         if rope.fraction != 1 or self.fraction != 1:
             shape["partial_rotary_factor"] = rope.fraction
-        rule = _rule(rope.scaling)
+        rule = _rule(rope.scaling, self.known)
         # Both generations: transformers before 5 reads rope_scaling and the values beside it.
         old = shape | ({"rope_scaling": rule} if rope.scaling else {})
         return old | {"rope_parameters": rule | shape}
 
 
-def _scaling(source: ConfigJson, stated: Json) -> fdl.Config | None:
+def _scaling(source: ConfigJson, stated: Json, scalings: Scalings) -> fdl.Config | None:
     kind = stated.get("rope_type", stated.get("type", "default"))
     if kind == "default":
         return None
-    if kind not in _SCALINGS:
-        known = ", ".join(("default", *_SCALINGS))
+    if kind not in scalings:
+        known = ", ".join(("default", *scalings))
         raise source.refuse(f"rope_type={kind!r} is not supported, only {known}")
-    cls, names = _SCALINGS[kind]
+    cls, names = scalings[kind]
     found = {ours: stated.get(theirs) for theirs, ours in names.items()}
+    if _CONTEXT in names:
+        found["original_context"] = _original_context(source, stated)
     values = {ours: value for ours, value in found.items() if value is not None}
-    if _CONTEXT in names and "original_context" not in values:
-        values["original_context"] = source.get("max_position_embeddings")
-    return fdl.Config(cls, **{k: _as_float(cls, k, v) for k, v in values.items()})
+    for theirs, ours in names.items():
+        if ours not in values and _is_required(cls, ours):
+            raise source.refuse(f"rope_type={kind!r} lacks {theirs}")
+    return fdl.Config(cls, **{k: _typed(cls, k, v) for k, v in values.items()})
 
 
-def _as_float(cls: type, name: str, value: Any) -> Any:
-    """Files write 32 for 32.0: whole numbers become floats where the field is one."""
-    kinds = {field.name: str(field.type) for field in dataclasses.fields(cls)}
-    return float(value) if kinds[name].startswith("float") else value
+def _original_context(source: ConfigJson, stated: Json) -> Any:
+    """Beside the rule or in it; where neither states it, it is `max_position_embeddings`."""
+    within, beside = stated.get(_CONTEXT), source.get(_CONTEXT, None)
+    if None not in (within, beside) and within != beside:
+        raise source.refuse(f"{_CONTEXT} is {beside} and, in the RoPE parameters, {within}")
+    return within or beside or source.get("max_position_embeddings")
+
+
+def _is_required(cls: type, name: str) -> bool:
+    default = next(field.default for field in dataclasses.fields(cls) if field.name == name)
+    return default is dataclasses.MISSING
+
+
+def _typed(cls: type, name: str, value: Any) -> Any:
+    """Files write 32 for 32.0, and lists for tuples."""
+    kind = next(str(field.type) for field in dataclasses.fields(cls) if field.name == name)
+    if kind.startswith("tuple[float"):
+        return tuple(float(one) for one in value)
+    return float(value) if kind.startswith("float") else value
 
 
 def _both(source: ConfigJson) -> Json:
@@ -106,8 +141,8 @@ def _both(source: ConfigJson) -> Json:
     return old | new
 
 
-def _rule(scaling: Any) -> Json:
-    for kind, (cls, names) in _SCALINGS.items():
+def _rule(scaling: Any, scalings: Scalings) -> Json:
+    for kind, (cls, names) in scalings.items():
         if type(scaling) is cls:
             values = {theirs: getattr(scaling, ours) for theirs, ours in names.items()}
             return {"rope_type": kind} | {k: v for k, v in values.items() if v is not None}

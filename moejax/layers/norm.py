@@ -1,4 +1,7 @@
-"""Root-mean-square normalisation (Zhang and Sennrich, arXiv 1910.07467)."""
+"""Normalisation: root mean square, and around the mean with a bias.
+
+Zhang and Sennrich, arXiv 1910.07467 (`RMSNorm`); Ba et al., arXiv 1607.06450 (`LayerNorm`).
+"""
 
 from __future__ import annotations
 
@@ -36,3 +39,26 @@ class RMSNorm(nn.Module):
         y = x.astype(at_least_f32(x.dtype))
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=axes, keepdims=True) + self.epsilon)
         return (y * scale.astype(y.dtype)).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """`(x - mean(x)) / sqrt(variance(x) + epsilon) * scale + bias` over the last axis.
+
+    Statistics and products are computed in at least float32; the result has x's dtype.
+
+    Attributes:
+      epsilon: added to the variance.
+    """
+
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... N"]) -> Float[Array, "... N"]:
+        width = x.shape[-1:]
+        boxed = lambda init: nn.with_logical_partitioning(init, (None,))
+        scale = self.param("scale", boxed(initializers.ones), width, jnp.float32)
+        bias = self.param("bias", boxed(initializers.zeros), width, jnp.float32)
+        y = x.astype(at_least_f32(x.dtype))
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
+        return (y * scale.astype(y.dtype) + bias.astype(y.dtype)).astype(x.dtype)

@@ -1,7 +1,8 @@
 """Rotary position embedding and the scaling rules of long-context checkpoints.
 
 Su et al., arXiv 2104.09864 (rotation); Meta's Llama 3.1 release (`Llama3Scaling`);
-Peng et al., "YaRN", arXiv 2309.00071 (`YarnScaling`). Feature pairs are (i, i + N/2).
+Peng et al., "YaRN", arXiv 2309.00071 (`YarnScaling`); Ding et al., "LongRoPE", arXiv 2402.13753
+(`LongRopeScaling`). Feature pairs are (i, i + N/2).
 """
 
 from __future__ import annotations
@@ -131,12 +132,67 @@ class YarnScaling:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DividedScaling:
+    """Every frequency over a factor of its own, and cos and sin times `stretch`."""
+
+    factors: tuple[float, ...]
+    stretch: float
+
+    def frequencies(self, inverse, *, theta, d_rotary):
+        """Each inverse frequency over its factor."""
+        if len(self.factors) != len(inverse):
+            raise UserError(
+                f"rope.scaling has {len(self.factors)} factors, but {d_rotary} rotated features "
+                f"need {len(inverse)}"
+            )
+        return inverse / np.asarray(self.factors)
+
+    def amplitude(self) -> float:
+        """What cos and sin are multiplied by."""
+        return self.stretch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LongRopeScaling:
+    """A factor per frequency, by whether rows are longer than those of pretraining (Phi-3.5).
+
+    The rows are what is computed at once, padding and packed sequences included: S positions, or
+    the slots of the decoding cache. All of a row is rotated alike, so keys in a cache stay valid;
+    the same sequence has other logits in rows of more than `original_context` positions, as in
+    the published model.
+
+    Attributes:
+      short_factors, long_factors: one for every inverse frequency, for short and for long rows.
+      short_amplitude, long_amplitude: what cos and sin are multiplied by.
+      original_context: positions of the longest short row.
+    """
+
+    short_factors: tuple[float, ...]
+    long_factors: tuple[float, ...]
+    short_amplitude: float
+    long_amplitude: float
+    original_context: int
+
+    def at(self, length: int) -> Scaling:
+        """The rule for rows of `length` positions."""
+        if length > self.original_context:
+            return DividedScaling(factors=self.long_factors, stretch=self.long_amplitude)
+        return DividedScaling(factors=self.short_factors, stretch=self.short_amplitude)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Rope:
     """Rotates the first `fraction` of the head's features by angles `position * frequency`."""
 
     theta: float = 10_000.0
     fraction: float = 1.0
-    scaling: Scaling | None = None
+    scaling: Scaling | LongRopeScaling | None = None
+
+    def at(self, length: int) -> Rope:
+        """The embedding of rows of `length` positions: itself, unless the scaling depends on it."""
+        if isinstance(self.scaling, LongRopeScaling):
+            return dataclasses.replace(self, scaling=self.scaling.at(length))
+        return self
 
     def frequencies(self, head_dim: int) -> np.ndarray:
         """Inverse frequencies `[rotary/2]` in radians per position, float64."""
@@ -152,11 +208,15 @@ class Rope:
         return self.scaling.frequencies(inverse, theta=self.theta, d_rotary=d_rotary)
 
     def __call__(
-        self, x: Float[Array, "B S H N"], positions: Int[Array, "B S"]
+        self, x: Float[Array, "B S H N"], positions: Int[Array, "B S"], length: int | None = None
     ) -> Float[Array, "B S H N"]:
-        """Angles and products in at least float32; the result has x's dtype."""
-        inverse = self.frequencies(x.shape[-1])
-        amplitude = 1.0 if self.scaling is None else self.scaling.amplitude()
+        """Angles and products in at least float32; the result has x's dtype.
+
+        `length` is how many positions a row may have, where that is not S: when decoding.
+        """
+        rope = self.at(x.shape[1] if length is None else length)
+        inverse = rope.frequencies(x.shape[-1])
+        amplitude = 1.0 if rope.scaling is None else rope.scaling.amplitude()
         dtype = at_least_f32(x.dtype)
         angles = positions[..., None, None].astype(dtype) * jnp.asarray(inverse, dtype)
         cos, sin = amplitude * jnp.cos(angles), amplitude * jnp.sin(angles)

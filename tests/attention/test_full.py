@@ -7,7 +7,7 @@ import pytest
 from moejax.attention.full import FullAttention, attend
 from moejax.errors import UserError
 from moejax.layers.norm import RMSNorm
-from moejax.layers.rope import Rope
+from moejax.layers.rope import LongRopeScaling, Rope
 from moejax.verification.contracts.cases import make_context, quick_jit, random_variables
 
 BATCH, LENGTH, HEADS, KV_HEADS, HEAD_DIM = 2, 7, 4, 2, 3
@@ -121,3 +121,26 @@ def test_a_cache_too_short_says_so():
     x = np.ones((1, 5, 8), np.float32)
     with pytest.raises(UserError, match="5 positions do not fit into a cache of 4 slots"):
         apply(FullAttention(num_heads=2, num_kv_heads=1), x, decode=True, cache_length=4)
+
+
+@pytest.mark.parametrize("original_context", [LENGTH - 1, LENGTH])
+def test_decoding_rotates_by_the_factors_of_its_cache(original_context):
+    """A position at a time, in a cache as long as the row: as the row at once, long or short."""
+    scaling = LongRopeScaling(
+        short_factors=(1.0, 2.0),
+        long_factors=(4.0, 8.0),
+        short_amplitude=1.0,
+        long_amplitude=1.5,
+        original_context=original_context,
+    )
+    attention = FullAttention(num_heads=2, num_kv_heads=1, head_dim=4, rope=Rope(scaling=scaling))
+    x = np.random.default_rng(2).standard_normal((1, LENGTH, 8)).astype(np.float32)
+    params, whole = apply(attention, x)
+    variables = {"params": params}
+    run = quick_jit(lambda v, x, c: attention.apply(v, x, c, mutable=["cache"]))
+    for position in range(LENGTH):
+        context = make_context(np.ones((1, 1), bool), decode=True, cache_length=LENGTH)
+        context = context.replace(positions=jnp.full((1, 1), position))
+        out, updated = run(variables, x[:, position : position + 1], context)
+        variables = {"params": params, **updated}
+        np.testing.assert_allclose(out[:, 0], whole[:, position], rtol=1e-4, atol=1e-5)

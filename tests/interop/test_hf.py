@@ -72,6 +72,7 @@ NAMES = {
     "llama": ("model.layers.1.mlp.down_proj.bias", (16,)),
     "mixtral": ("model.layers.1.block_sparse_moe.experts.3.w2.weight", (16, 8)),
     "olmoe": ("model.layers.0.self_attn.q_norm.weight", (16,)),
+    "phimoe": ("model.layers.1.post_attention_layernorm.bias", (16,)),
     "qwen2_moe": ("model.layers.0.mlp.shared_expert_gate.weight", (1, 16)),
     "qwen3": ("model.layers.1.self_attn.k_norm.weight", (8,)),
     "qwen3_moe": ("model.layers.1.mlp.experts.2.gate_proj.weight", (8, 16)),
@@ -86,7 +87,7 @@ def test_files_have_the_published_names_and_shapes(name, tmp_path):
     assert stored["lm_head.weight"].shape == (24, 16)
 
 
-def _fuse(stored: dict) -> None:
+def _fuse(stored: dict, router: str) -> None:
     """As transformers 5 holds experts: [E, 2F, D] with gate first, and [E, D, F]."""
     for layer in range(2):
         for prefix, names in {
@@ -103,13 +104,16 @@ def _fuse(stored: dict) -> None:
             into = f"model.layers.{layer}.mlp"
             stored[f"{into}.experts.gate_up_proj"] = np.concatenate([gate, up], axis=1)
             stored[f"{into}.experts.down_proj"] = down
-            stored[f"{into}.gate.weight"] = stored.pop(f"{of}.gate.weight")
+            stored[f"{into}.{router}.weight"] = stored.pop(f"{of}.gate.weight")
 
 
-@pytest.mark.parametrize("name", ["glm4_moe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "name", ["glm4_moe", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe"]
+)
 def test_fused_experts_are_read_like_a_tensor_per_expert(name, tmp_path):
     directory = written(name, tmp_path / "hf")
-    edit_tensors(directory, _fuse)
+    router = "router" if name == "phimoe" else "gate"
+    edit_tensors(directory, lambda stored: _fuse(stored, router))
     assert "model.layers.1.mlp.experts.gate_up_proj" in tensors(directory)
     assert_same_tree(hf.load(directory)[1], variables(name))
 

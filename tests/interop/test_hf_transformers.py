@@ -16,9 +16,9 @@ transformers = pytest.importorskip("transformers", reason="the extra hf is not i
 
 from safetensors import torch as safetensors_torch  # noqa: E402
 
-from tools import update_golden  # noqa: E402  (it imports torch)
+from tools import golden_models  # noqa: E402  (it imports transformers)
 
-ARCHITECTURES = tuple(update_golden.model_configs())
+ARCHITECTURES = tuple(golden_models.model_configs())
 LATENT = ("deepseek_v2", "deepseek_v3")
 TOKENS = np.random.default_rng(0).integers(0, 24, (2, 12))
 MASK = np.arange(12) < np.array([[12], [8]])  # the second row ends in padding
@@ -28,7 +28,7 @@ MASK = np.arange(12) < np.array([[12], [8]])  # the second row ends in padding
 def theirs(name: str):
     """A tiny model of transformers with weights large enough to matter, in float32."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(update_golden.model_configs()[name])
+    model = transformers.AutoModelForCausalLM.from_config(golden_models.model_configs()[name])
     for key, value in model.state_dict().items():
         mean, std = (1, 0.1) if "norm" in key else (0, 1 / math.sqrt(16))
         value.copy_(mean + std * torch.randn(value.shape))
@@ -132,6 +132,26 @@ def test_pairs_that_are_not_interleaved_are_read_as_they_are(tmp_path):
         assert torch.equal(stored(tmp_path / "ours")[key], value), key
 
 
+def test_long_rows_of_phi_have_the_logits_of_short_ones_with_the_long_factors(tmp_path):
+    """Transformers 5 takes the short factors whatever the length, so it is told other ones."""
+    long = golden_models.PHI_ROPE | {"original_max_position_embeddings": 8}
+    told = golden_models.PHI_ROPE | {"short_factor": long["long_factor"], "short_mscale": 1.25}
+    models = []
+    for rope in (told, long):
+        config = copy.deepcopy(theirs("phimoe").config)
+        config.rope_parameters = dict(rope)
+        config.original_max_position_embeddings = rope["original_max_position_embeddings"]
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        model.load_state_dict(theirs("phimoe").state_dict())
+        models.append(model)
+    expected = their_logits(models[0])
+    models[1].save_pretrained(tmp_path)
+    ours, variables = hf.load(tmp_path)
+    assert ours.block.attention.rope.scaling.original_context == 8
+    np.testing.assert_allclose(our_logits(ours, variables), expected, atol=1e-4, rtol=0)
+    assert np.abs(expected - their_logits(theirs("phimoe"))).max() > 0.01
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_a_tied_head_gives_their_logits_and_is_stored_once(name, tmp_path):
     """As in the smaller Llama 3.2 and Qwen3 models."""
@@ -157,7 +177,7 @@ def _embedding(name: str):
     return theirs(name).state_dict()["model.embed_tokens.weight"]
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "glm4_moe", *LATENT])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "glm4_moe", "phimoe", *LATENT])
 def test_fused_and_per_expert_files_of_theirs_are_one_tree(name, tmp_path):
     theirs(name).save_pretrained(tmp_path / "each")
     theirs(name).save_pretrained(tmp_path / "fused", save_original_format=False)
@@ -171,7 +191,7 @@ def test_fused_and_per_expert_files_of_theirs_are_one_tree(name, tmp_path):
 def test_what_published_sizes_say_is_understood(name, tmp_path, caplog):
     """The defaults of each configuration class are those of a published checkpoint."""
     stated = {"num_experts_per_tok": 6} if name == "deepseek_v2" else {}  # it has no default
-    type(update_golden.model_configs()[name])(**stated).save_pretrained(tmp_path)
+    type(golden_models.model_configs()[name])(**stated).save_pretrained(tmp_path)
     config = hf.model_config(tmp_path)
     assert config.d_model >= 2048
     assert not warnings(caplog)

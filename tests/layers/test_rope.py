@@ -9,9 +9,18 @@ import numpy as np
 import pytest
 
 from moejax.errors import UserError
-from moejax.layers.rope import LinearScaling, Llama3Scaling, Rope, YarnScaling
+from moejax.layers.rope import LinearScaling, Llama3Scaling, LongRopeScaling, Rope, YarnScaling
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent.parent / "golden" / "rope.json").read_text())
+LONGROPE = Rope(
+    scaling=LongRopeScaling(
+        short_factors=tuple(1 + i / 16 for i in range(8)),
+        long_factors=tuple(1.0 + i for i in range(8)),
+        short_amplitude=1.25,
+        long_amplitude=1.25,
+        original_context=4096,
+    )
+)
 ROPES = {
     "default": Rope(),
     "partial": Rope(fraction=0.5),
@@ -30,6 +39,8 @@ ROPES = {
     "gpt_oss": Rope(
         theta=150_000.0, scaling=YarnScaling(factor=32.0, original_context=4096, truncate=False)
     ),
+    "longrope_4096": LONGROPE.at(4096),
+    "longrope_4097": LONGROPE.at(4097),
 }
 
 
@@ -96,3 +107,36 @@ def test_a_fraction_that_does_not_fit_says_so(fraction):
 def test_llama3_limits_must_be_ordered():
     with pytest.raises(UserError, match="must be above"):
         Llama3Scaling(low_frequency_factor=4.0, high_frequency_factor=4.0)
+
+
+def test_long_rows_are_rotated_by_the_long_factors_at_every_position():
+    """From the first position on, because the row is long, or because its cache is."""
+    scaling = LongRopeScaling(
+        short_factors=(1.0, 2.0),
+        long_factors=(3.0, 5.0),
+        short_amplitude=1.5,
+        long_amplitude=1.75,
+        original_context=3,
+    )
+    rope, x = Rope(scaling=scaling), np.random.default_rng(0).standard_normal((1, 4, 1, 4))
+    turn = lambda x, length=None: np.asarray(
+        rope(jnp.asarray(x), jnp.arange(x.shape[1])[None], length)
+    )
+
+    def expected(x, factors, amplitude):
+        inverse = 10_000.0 ** -np.array([0, 0.5]) / factors
+        angles = np.arange(x.shape[1])[:, None, None] * inverse
+        turned = amplitude * (x[..., :2] + 1j * x[..., 2:]) * np.exp(1j * angles)
+        return np.concatenate([turned.real, turned.imag], axis=-1)
+
+    with jax.enable_x64(True):
+        short, long = expected(x[:, :3], [1, 2], 1.5), expected(x, [3, 5], 1.75)
+        np.testing.assert_allclose(turn(x[:, :3]), short, rtol=1e-12)
+        np.testing.assert_allclose(turn(x), long, rtol=1e-12)
+        np.testing.assert_allclose(turn(x[:, :2], length=4), long[:, :2], rtol=1e-12)
+        np.testing.assert_allclose(turn(x[:, :2], length=3), short[:, :2], rtol=1e-12)
+
+
+def test_factors_must_be_as_many_as_frequencies():
+    with pytest.raises(UserError, match="8 factors, but 12 rotated features need 6"):
+        LONGROPE.at(1).frequencies(12)

@@ -13,11 +13,12 @@ from moejax.balance.loss_free import LossFreeBias
 from moejax.balance.unbalanced import Unbalanced
 from moejax.experts.dense import DenseGLU
 from moejax.experts.glu import GLU
-from moejax.layers.norm import RMSNorm
-from moejax.layers.rope import Llama3Scaling, Rope, YarnScaling
+from moejax.layers.norm import LayerNorm, RMSNorm
+from moejax.layers.rope import Llama3Scaling, LongRopeScaling, Rope, YarnScaling
 from moejax.models.block import Block
 from moejax.models.moe import MoE
 from moejax.models.transformer import Transformer
+from moejax.routers.sparsemixer import SparseMixer
 from moejax.routers.topk import TopK
 from moejax.transport.local import Local
 from moejax.verification.contracts.cases import quick_jit
@@ -26,17 +27,24 @@ GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 GRID = 32  # the golden files store multiples of 1/32
 
 
-def _model(attention, *, router=None, epsilon=1e-6, moe=None, dense=None, **options):
+def _model(attention, *, router=None, epsilon=1e-6, moe=None, dense=None, norm=RMSNorm, **options):
     if isinstance(attention, dict):
         heads = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
         attention = FullAttention(**heads | attention)
     layer = {"num_experts": 4, "experts": GLU(d_ff=8), "balance": (Unbalanced(),)} | (moe or {})
     ffn = dense or MoE(router=router or TopK(k=2), transport=Local(), **layer)
-    block = Block(attention=attention, ffn=ffn, norm=RMSNorm(epsilon=epsilon))
+    block = Block(attention=attention, ffn=ffn, norm=norm(epsilon=epsilon))
     return Transformer(num_layers=2, d_model=16, vocab_size=24, block=block, **options)
 
 
 LATENT = {"kv_lora_rank": 10, "nope_head_dim": 6, "rope_head_dim": 8, "v_head_dim": 5}
+PHI_SCALING = LongRopeScaling(
+    short_factors=(1.0, 1.25, 1.5, 2.0),
+    long_factors=(1.0, 2.0, 4.0, 8.0),
+    short_amplitude=1.125,
+    long_amplitude=1.25,
+    original_context=16,
+)
 MSCALES = {"mscale": 1.0, "mscale_all_dim": 0.7}
 
 MODELS = {
@@ -115,6 +123,13 @@ MODELS = {
         dense=DenseGLU(d_ff=12, use_bias=True),
     ),
     "qwen3": _model({"qk_norm": RMSNorm()}, dense=DenseGLU(d_ff=12), windows=(None, 5)),
+    "phimoe": _model(
+        {"use_bias": True, "use_output_bias": True, "rope": Rope(scaling=PHI_SCALING)},
+        router=SparseMixer(jitter=0.4),
+        epsilon=1e-5,
+        norm=LayerNorm,
+        windows=(5,),
+    ),
 }
 
 
@@ -126,8 +141,9 @@ def _variables(model: Transformer, golden) -> dict:
         flat[path] = golden["params"][start : start + size].reshape(shape) / np.float32(GRID)
         start += size
     variables = {"params": {}}
-    for path in ("embed/embedding", "final_norm/scale", "head/kernel"):
-        _put(variables["params"], path, flat.pop(path))
+    for path in ("embed/embedding", "final_norm/scale", "final_norm/bias", "head/kernel"):
+        if path in flat:
+            _put(variables["params"], path, flat.pop(path))
     for segment in model.segments:
         for member, name in enumerate(segment.names):
             layers = segment.indices(member)
