@@ -6,7 +6,8 @@ Liu et al., "GRIN", arXiv 2409.12136, on the estimator of arXiv 2310.00811; what
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -86,7 +87,7 @@ class SparseMixer(nn.Module):
         """The best, or one drawn; or the one that another run chose in this turn."""
         scores = jax.lax.stop_gradient(near)
         if context.key is not None:
-            scores = scores + jax.random.gumbel(_key(context, turn), near.shape, near.dtype)
+            scores = scores + _drawn(jax.random.gumbel, near.shape, near.dtype, context, turn)
         if context.selection is not None:
             context = context.replace(selection=context.selection[:, turn : turn + 1])
         return select(scores, 1, context)
@@ -97,7 +98,7 @@ class SparseMixer(nn.Module):
         """What the weight is multiplied by, outside its gradient."""
         if context.key is None:
             return 1.0
-        draw = jax.random.uniform(_key(context, self.k + turn), choice.shape, near.dtype)
+        draw = _drawn(jax.random.uniform, choice.shape, near.dtype, context, self.k + turn)
         is_best = choice == jnp.argmax(near, axis=-1, keepdims=True)
         return jnp.where(is_best | (draw < _FULL_STEP), 1, _PART_STEP).astype(near.dtype)
 
@@ -116,8 +117,21 @@ class SparseMixer(nn.Module):
             )
 
 
-def _key(context: Context, draw: int) -> Array:
-    return jax.random.fold_in(jax.random.fold_in(context.key, _STREAM), draw)
+def _drawn(
+    draw: Callable[..., Array], shape: tuple[int, int], dtype: Any, context: Context, stream: int
+) -> Float[Array, "T N"]:
+    """Random numbers of `shape` `[T, N]`, each token's from a key of its row and its place there.
+
+    Padding behind the sequences, which moves tokens within T, changes none.
+    """
+    key = jax.random.fold_in(jax.random.fold_in(context.key, _STREAM), stream)
+    rows, places = (index.reshape(-1) for index in jnp.indices(context.token_mask.shape))
+
+    def one(row: Array, place: Array) -> Array:
+        own = jax.random.fold_in(jax.random.fold_in(key, row), place)
+        return draw(own, shape[1:], dtype)
+
+    return jax.vmap(one)(rows, places)
 
 
 def example() -> SparseMixer:

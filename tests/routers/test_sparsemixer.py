@@ -108,6 +108,24 @@ def test_training_draws_from_the_two_softmaxes_and_steps_fully_in_one_case_of_fo
     assert (draw(logits, 8192, jax.random.key(4)).experts != routing.experts).any()
 
 
+def test_padding_behind_sequences_changes_no_draw():
+    rows = np.random.default_rng(0).standard_normal((2, 5, 8)).astype(np.float32)
+    router, found = SparseMixer(jitter=0.4), {}
+    for length in (5, 7):
+        mask = np.arange(length) < np.array([[5], [5]])
+        x = np.zeros((2, length, 8), np.float32)
+        x[:, :5] = rows
+        context = make_context(mask, num_experts=8).replace(key=KEY)
+        run = quick_jit(lambda x, c: router.apply({"params": {"kernel": jnp.eye(8)}}, x, c)[0])
+        routing = run(jnp.asarray(x.reshape(-1, 8)), context)
+        found[length] = [
+            np.asarray(a).reshape(2, length, -1)[:, :5]
+            for a in (routing.experts, routing.weights, routing.extras["log_prob"])
+        ]
+    for short, long in zip(found[5], found[7], strict=True):
+        np.testing.assert_array_equal(short, long)
+
+
 def test_evaluation_chooses_the_two_best_even_where_their_probabilities_round_alike():
     logits = np.float32([[0.1, np.nextafter(np.float32(0.1), np.float32(1)), 0.0]])
     routing, _ = route(SparseMixer(), logits)
