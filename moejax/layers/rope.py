@@ -157,9 +157,9 @@ class LongRopeScaling:
     """A factor per frequency, by whether rows are longer than those of pretraining (Phi-3.5).
 
     The rows are what is computed at once, padding and packed sequences included: S positions, or
-    the slots of the decoding cache. All of a row is rotated alike, so keys in a cache stay valid;
-    the same sequence has other logits in rows of more than `original_context` positions, as in
-    the published model.
+    the slots of the decoding cache. All of a row is rotated alike, so keys in a cache stay valid,
+    and the same sequence has other logits in rows of more than `original_context` positions. The
+    model's own code goes by the sequence so far, and computes its cache anew when that is passed.
 
     Attributes:
       short_factors, long_factors: one for every inverse frequency, for short and for long rows.

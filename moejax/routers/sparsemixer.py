@@ -1,7 +1,7 @@
 """SparseMixer: two experts chosen by two masked softmaxes, sampled in training (Phi-3.5-MoE).
 
-Liu et al., "GRIN", arXiv 2409.12136, on the estimator of arXiv 2310.00811; what is left open there
-(the mask, the third-order step, the gradient) is as in the model's code in transformers.
+Liu et al., "GRIN", arXiv 2409.12136, with the estimator of arXiv 2310.00811. Mask, draws, steps and
+gradient are those of the model's code in transformers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class SparseMixer(nn.Module):
 
     In training a choice that is not the best counts as p in one case of four and as p / 3 in the
     others, at random (Heun's third-order method). The gradient is in all cases that of p.
-    `Routing.extras["log_prob"]` `[T]` is then the logarithm of the probability of both choices.
+    `Routing.extras["log_prob"]` `[T]` is then the logarithm of the probability of both choices, and
+    0 at padding.
 
     Noise on the layer's input (`input_jitter_noise`), which experts would see too, is not added.
 
@@ -67,7 +68,9 @@ class SparseMixer(nn.Module):
             left = jnp.where(choice == jnp.arange(num_experts), -jnp.inf, left)
         extras = {}
         if context.key is not None:
-            extras["log_prob"] = jnp.log(jnp.concatenate(probabilities, axis=-1)).sum(-1)
+            real = context.token_mask.reshape(-1, 1)
+            both = jnp.where(real, jnp.concatenate(probabilities, axis=-1), 1)
+            extras["log_prob"] = jnp.log(both).sum(-1)
         routing = Routing(
             experts=jnp.concatenate(chosen, axis=-1),
             weights=jnp.concatenate(weights, axis=-1),

@@ -156,6 +156,7 @@ def test_dense_layers(config_of):
         (OLMOE, {"torch_dtype": "float8"}, "='float8' is not supported"),
         (OLMOE, {"quantization_config": {"quant_method": "mxfp4"}}, "quantised by .* 'mxfp4'"),
         (OLMOE, {"rope_scaling": {"rope_type": "longrope"}}, "rope_type='longrope' is not supp"),
+        (OLMOE, {"rope_scaling": {"rope_type": "yarn"}}, "rope_type='yarn' lacks factor"),
         (OLMOE, {"rope_parameters": {FULL: {}}}, "differ between kinds of layers"),
         (
             OLMOE,

@@ -124,6 +124,9 @@ def test_padding_behind_sequences_changes_no_draw():
         ]
     for short, long in zip(found[5], found[7], strict=True):
         np.testing.assert_array_equal(short, long)
+    log_prob = np.asarray(routing.extras["log_prob"]).reshape(2, 7)
+    assert (log_prob[:, :5] < 0).any()
+    np.testing.assert_array_equal(log_prob[:, 5:], 0)
 
 
 def test_evaluation_chooses_the_two_best_even_where_their_probabilities_round_alike():
