@@ -35,7 +35,8 @@ class SparseMixer(nn.Module):
     In training a choice that is not the best counts as p in one case of four and as p / 3 in the
     others, at random (Heun's third-order method). The gradient is in all cases that of p.
     `Routing.extras["log_prob"]` `[T]` is then the logarithm of the probability of both choices, and
-    0 at padding.
+    0 at padding. Draws come from `context.key`, which is another in every microbatch: their number
+    changes what is drawn; meshes and padding behind the sequences do not.
 
     Noise on the layer's input (`input_jitter_noise`), which experts would see too, is not added.
 

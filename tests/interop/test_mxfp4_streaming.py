@@ -1,4 +1,4 @@
-"""MXFP4 experts at gpt-oss's published width, imported in less memory than the model takes."""
+"""Eight MXFP4 experts of gpt-oss's width, imported in less memory than the model takes."""
 
 import json
 import resource
@@ -15,7 +15,7 @@ from tests.interop.test_streaming import COMMAND, LOAD
 
 pytestmark = pytest.mark.long
 
-NUM_LAYERS, NUM_EXPERTS, WIDTH, VOCABULARY = 3, 32, 2880, 2048
+NUM_LAYERS, NUM_EXPERTS, WIDTH, VOCABULARY = 8, 8, 2880, 2048
 LARGEST = 2 * NUM_EXPERTS * WIDTH * 2 * WIDTH  # bytes of one layer's gate_up_proj in bfloat16
 LIMIT = int(2e9 + 1.3 * LARGEST)
 
@@ -47,7 +47,7 @@ def limited(code, *words):
 
 
 def write(directory):
-    """A directory like the published one, a shard per layer."""
+    """A directory like the published one, but for fewer experts; a shard per layer."""
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(CONFIG))
     rng, weight_map = np.random.default_rng(0), {}
@@ -98,11 +98,11 @@ def test_importing_and_exporting_take_less_memory_than_the_model(tmp_path):
     packed, written = Mxfp4Files(source), TensorFiles(exported)
     assert written.names == packed.names
     sizes = [2 * np.prod(written.shape(name)) for name in written.names]
-    assert sum(sizes) > 1.4 * LIMIT
+    assert sum(sizes) > 1.5 * LIMIT
     for name in sorted(written.names):
         if name.endswith("_proj"):
             shape = written.shape(name)
-            one = (slice(7, 8), slice(None), slice(None))
+            one = (slice(5, 6), slice(None), slice(None))
             found = written.read(name, shape)[one]
             expected = np.asarray(packed.read(name, shape)[one])
             np.testing.assert_array_equal(found.view(np.uint16), expected.view(np.uint16))
