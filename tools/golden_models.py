@@ -114,6 +114,7 @@ def model_configs() -> dict[str, transformers.PretrainedConfig]:
             num_local_experts=4,
             sliding_window=5,
             attention_bias=True,
+            lm_head_bias=True,
             router_jitter_noise=0.4,
             rope_parameters=PHI_ROPE,
         ),

@@ -184,8 +184,9 @@ def model_goldens(config: transformers.PretrainedConfig, seed: int) -> dict:
         "final_norm/scale": stored.pop("model.norm.weight"),
         "head/kernel": stored.pop("lm_head.weight").T,
     }
-    if "model.norm.bias" in stored:
-        params["final_norm/bias"] = stored.pop("model.norm.bias")
+    for theirs, ours in (("model.norm.bias", "final_norm/bias"), ("lm_head.bias", "head/bias")):
+        if theirs in stored:
+            params[ours] = stored.pop(theirs)
     for key, value in stored.items():
         _, _, index, path = key.split(".", 3)
         params |= {f"{index}/{p}": v for p, v in converted(path, value, config).items()}

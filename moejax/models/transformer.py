@@ -28,8 +28,7 @@ class Transformer:
     """A decoder-only transformer with dense or MoE layers.
 
     Attributes:
-      num_layers: L.
-      d_model: width D.
+      num_layers: L. d_model: width D.
       block: prototype of a layer; its `ffn` is an `MoE` or a dense MLP.
       dense_ffn: the feed-forward of dense layers, where the pattern below has any.
       first_k_dense: the first so many layers are dense (DeepSeek).
@@ -39,10 +38,9 @@ class Transformer:
       boundaries: layers at which a new run of stacked layers begins, beside those that the pattern
         asks for. Changes how parameters are stacked, and speed, not the result.
       max_length: longest sequence the model accepts, None for no limit.
-      tied_head: the head is the transposed embedding.
-      embed_scale: multiplies the embeddings (Gemma: sqrt(D)).
+      tied_head: the head is the transposed embedding. head_bias: a trained bias on the logits.
       embed_init, head_init: initialisers of the embedding `[V, D]` and the head `[D, V]`.
-      logit_soft_cap: c in c * tanh(logits / c), or None.
+      embed_scale: multiplies the embeddings. logit_soft_cap: c in c * tanh(logits / c), or None.
       dtype: of activations and matmuls. param_dtype: of stored parameters. Router, softmax,
         norms, logits and router state are at least float32 whatever these say.
       remat: a name in `stack.REMAT_POLICIES`. unroll: layers per scan iteration (speed only).
@@ -59,6 +57,7 @@ class Transformer:
     boundaries: tuple[int, ...] = ()
     max_length: int | None = None
     tied_head: bool = False
+    head_bias: bool = False
     embed_scale: float = 1.0
     embed_init: nn.initializers.Initializer = nn.initializers.normal(0.02)
     head_init: nn.initializers.Initializer = nn.initializers.normal(0.02)
@@ -78,9 +77,8 @@ class Transformer:
                 raise UserError(f"model.{name}={getattr(self, name)} must be at least 1")
         for name in ("dtype", "param_dtype"):
             if getattr(self, name) not in _DTYPES:
-                raise UserError(
-                    f"model.{name}={getattr(self, name)!r} is not one of {', '.join(_DTYPES)}"
-                )
+                known = ", ".join(_DTYPES)
+                raise UserError(f"model.{name}={getattr(self, name)!r} is not one of {known}")
         if not self.windows or any(w is not None and w < 1 for w in self.windows):
             raise UserError(
                 f"model.windows={self.windows} must name a window of at least 1 position, or None "
@@ -96,8 +94,6 @@ class Transformer:
                 f"model.first_k_dense={self.first_k_dense} and model.moe_every={self.moe_every} "
                 "make dense layers, but model.dense_ffn is None: give it a DenseGLU"
             )
-
-    # --- layers -----------------------------------------------------------------------------
 
     def _is_dense(self, index: int) -> bool:
         if index < self.first_k_dense:
@@ -163,14 +159,17 @@ class Transformer:
         one = jnp.ones((1, 1), jnp.int32)
         context = self._context(one, one, 0 * one, key=None, step=0)
         variables = stack.init(self.segments, layers_key, x, context)
-        params = variables["params"]
-        box = nn.LogicallyPartitioned
+        params, box = variables["params"], nn.LogicallyPartitioned
         embedding = self.embed_init(embed_key, (self.vocab_size, self.d_model), jnp.float32)
         params["embed"] = {"embedding": box(embedding, ("vocab", "embed"))}
         params["final_norm"] = self.block.norm.lazy_init(embed_key, x)["params"]
+        head = {}
         if not self.tied_head:
-            head = self.head_init(head_key, (self.d_model, self.vocab_size), jnp.float32)
-            params["head"] = {"kernel": box(head, ("embed", "vocab"))}
+            kernel = self.head_init(head_key, (self.d_model, self.vocab_size), jnp.float32)
+            head["kernel"] = box(kernel, ("embed", "vocab"))
+        if self.head_bias:
+            head["bias"] = box(jnp.zeros((self.vocab_size,), jnp.float32), ("vocab",))
+        params |= {"head": head} if head else {}
         variables.pop("cache", None)
         state_dtype = at_least_f32(self.param_dtype)
         dtypes = {"params": jnp.dtype(self.param_dtype), "router_state": state_dtype}
@@ -240,6 +239,8 @@ class Transformer:
         # Both gradients before anything else: the logits' is large and is not kept for later.
         x, head = jax.lax.optimization_barrier((x, head.astype(x.dtype)))
         logits = compat.matmul(x, head, preferred_element_type=dtype)
+        if self.head_bias:
+            logits = logits + params["head"]["bias"].astype(dtype)
         logits = constrain(logits, "batch", "sequence", "vocab")
         if self.logit_soft_cap is not None:
             logits = self.logit_soft_cap * jnp.tanh(logits / self.logit_soft_cap)

@@ -91,7 +91,7 @@ def _recording(model: Transformer, replay: Any) -> Transformer:
     class Recording(type(model)):
         def apply(self, *args: Any, **options: Any) -> Output:
             selection = jax.tree.map(jnp.asarray, replay)
-            return super().apply(*args, **options, selection=selection, record=True)
+            return super().apply(*args, **options | {"selection": selection, "record": True})
 
     fields = (f.name for f in dataclasses.fields(model) if f.init)
     return Recording(**{name: getattr(model, name) for name in fields})

@@ -57,11 +57,12 @@ PHI = {  # microsoft/Phi-3.5-MoE-instruct
     "torch_dtype": "bfloat16",
     "vocab_size": 32064,
 }
-PLAIN = PHI | {"lm_head_bias": False}
 
 
-def test_the_published_file_but_for_its_bias_on_the_head(config_of, caplog):
-    model = fdl.build(config_of(PLAIN))
+def test_the_published_file(config_of, caplog):
+    model = fdl.build(config_of(PHI))
+    assert model.head_bias
+    assert not config_of(PHI, lm_head_bias=False).head_bias
     assert not caplog.records
     attention, ffn = model.block.attention, model.block.ffn
     assert model.block.norm == LayerNorm(epsilon=1e-5)
@@ -84,7 +85,7 @@ def test_the_published_file_but_for_its_bias_on_the_head(config_of, caplog):
 
 def test_what_files_leave_out(config_of):
     names = ("rope_scaling", "rope_theta", "router_jitter_noise", "attention_bias")
-    config = config_of(PLAIN, **dict.fromkeys(names, ...), sliding_window=None)
+    config = config_of(PHI, **dict.fromkeys(names, ...), sliding_window=None)
     assert fdl.build(config).block.attention.rope == Rope(theta=1e6)
     assert (config.block.ffn.router.jitter, config.windows) == (0.01, (None,))
     assert not config.block.attention.use_bias
@@ -94,15 +95,14 @@ def test_where_the_original_context_may_be_stated(config_of):
     beside = {k: v for k, v in ROPE.items() if k != "original_max_position_embeddings"}
     top = "original_max_position_embeddings"
     for changes in ({"rope_scaling": beside}, {top: ...}):
-        assert fdl.build(config_of(PLAIN, **changes)) == fdl.build(config_of(PLAIN))
-    config = config_of(PLAIN, rope_scaling=beside, **{top: ...})
+        assert fdl.build(config_of(PHI, **changes)) == fdl.build(config_of(PHI))
+    config = config_of(PHI, rope_scaling=beside, **{top: ...})
     assert config.block.attention.rope.scaling.original_context == 131072
 
 
 @pytest.mark.parametrize(
     "changes, text",
     [
-        ({"lm_head_bias": True}, "lm_head_bias=True is not supported, only False"),
         ({"num_experts_per_tok": 3}, "num_experts_per_tok=3 is not supported, only 2"),
         ({"original_max_position_embeddings": 8192}, "is 8192 and, in the RoPE parameters, 4096"),
         ({"rope_scaling": ROPE | {"long_mscale": None}}, "'longrope' lacks long_mscale"),
@@ -111,7 +111,7 @@ def test_where_the_original_context_may_be_stated(config_of):
 )
 def test_what_cannot_be_read_is_one_sentence(config_of, changes, text, tmp_path):
     with pytest.raises(UserError, match=f"{re.escape(str(tmp_path))}/config.json.*{text}") as error:
-        config_of(PLAIN, **changes)
+        config_of(PHI, **changes)
     assert "\n" not in str(error.value)
 
 
@@ -132,7 +132,7 @@ def test_factors_are_written_as_they_were_read(tmp_path):
     assert values["rope_scaling"]["long_factor"] == list(scaling.long_factors)
     assert values["rope_parameters"]["short_mscale"] == scaling.short_amplitude
     assert values["rope_scaling"]["rope_type"] == "longrope"
-    assert (values["router_jitter_noise"], values["lm_head_bias"]) == (0.4, False)
+    assert (values["router_jitter_noise"], values["lm_head_bias"]) == (0.4, True)
 
 
 def test_biases_of_norms_are_read_from_where_they_belong(tmp_path):

@@ -129,6 +129,7 @@ MODELS = {
         epsilon=1e-5,
         norm=LayerNorm,
         windows=(5,),
+        head_bias=True,
     ),
 }
 
@@ -141,9 +142,8 @@ def _variables(model: Transformer, golden) -> dict:
         flat[path] = golden["params"][start : start + size].reshape(shape) / np.float32(GRID)
         start += size
     variables = {"params": {}}
-    for path in ("embed/embedding", "final_norm/scale", "final_norm/bias", "head/kernel"):
-        if path in flat:
-            _put(variables["params"], path, flat.pop(path))
+    for path in [path for path in flat if not path[0].isdigit()]:
+        _put(variables["params"], path, flat.pop(path))
     for segment in model.segments:
         for member, name in enumerate(segment.names):
             layers = segment.indices(member)

@@ -43,10 +43,11 @@ ARCHITECTURE = Architecture(
         Field("intermediate_size", ("block.ffn.experts.d_ff",)),
         Field("router_jitter_noise", ("block.ffn.router.jitter",), default=0.01),
         Windows(every_layer),
-        Only("lm_head_bias", False),
+        Field("lm_head_bias", ("head_bias",), default=False),
     ),
     tensors=llama.BACKBONE
     | _NORM_BIASES
+    | {"head/bias": (Form("lm_head.bias"),)}
     | {"ffn/router/kernel": tuple(Form(llama.in_layer(n), TRANSPOSED) for n in _ROUTERS)}
     | llama.experts(
         {part: f"block_sparse_moe.experts.{{expert}}.{w}.weight" for part, w in _W.items()}
