@@ -29,6 +29,15 @@ CONFIGS = [
     # One without a model is tried with its smoke model.
     if "model" in fdl.ordered_arguments(load_config(f"{path}:{name}"))
 ]
+# Every config on every platform takes minutes. Often tried are those that are not made of the others'
+# parts; of the large ones, which no device here could compute densely, on one platform.
+OFTEN = [spec for spec in CONFIGS if spec.startswith(("configs/tiny.py", "configs/router_tuning"))]
+LARGE = ("configs/deepseek_v3.py:config", "configs/gpt_oss_20b.py:config")
+
+
+def _case(spec, platform):
+    often = spec in OFTEN or (spec in LARGE and platform == "cuda")
+    return pytest.param(spec, platform, marks=() if often else pytest.mark.long)
 VOCABULARY = 1000
 # JAX's name for the platform, ours, and a kind of device that it has.
 PLATFORMS = {
@@ -113,15 +122,17 @@ def at_root(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("platform", PLATFORMS)
-@pytest.mark.parametrize("spec", CONFIGS)
+@pytest.mark.parametrize("spec, platform", [_case(s, p) for s in CONFIGS for p in PLATFORMS])
 def test_step_is_never_dense(spec, platform):
     config = load_config(spec)
     assert not dense_operations(lowered_step(config, platform), config, platform)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", CONFIGS)
+@pytest.mark.parametrize(
+    "spec",
+    [pytest.param(s, marks=() if s in OFTEN else pytest.mark.long) for s in CONFIGS],
+)
 def test_step_on_tpu_kernels_is_never_dense(spec):
     """What a user gets who accepted them."""
     choice = {"float32": dict.fromkeys(Choice._fields, "tpu")}
