@@ -129,9 +129,11 @@ def smoke() -> fdl.Config:
     small, full = tiny.smoke(), config.as_buildable()
     small.model, small.optimizer = full.model, full.optimizer
     small.optimizer.schedule.warmup_steps = 1
+    small.model.remat = "none"
     small.model.num_layers = 2
     small.model.windows = (16, None)
     small.model.d_model = 32
+    small.model.block.attention.query_blocks = 1
     small.model.block.attention.num_heads = 4
     small.model.block.attention.num_kv_heads = 1
     small.model.block.attention.head_dim = 8

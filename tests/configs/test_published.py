@@ -8,6 +8,7 @@ Mixtral, Qwen3 and DeepSeek-V3, Qwen3's `rope_theta`, and every `router_aux_loss
 counts are from the model cards and papers.
 """
 
+import functools
 import json
 
 import fiddle as fdl
@@ -30,6 +31,7 @@ def at_root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
+@functools.cache
 def shipped(spec):
     """(the config, its model with the vocabulary of its tokenizer)."""
     config = load_config(spec)
