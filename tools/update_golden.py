@@ -161,11 +161,8 @@ def sparsemixer_goldens() -> dict[str, np.ndarray]:
     return out
 
 
-def model_goldens(config: transformers.PretrainedConfig, seed: int) -> dict:
-    """Tokens, logits, and parameters by moejax path with the layer's index in front.
-
-    One array holds all parameters, in the order of `layout`: {path: shape}.
-    """
+def drawn_model(config: transformers.PretrainedConfig, seed: int) -> tuple:
+    """(a model of transformers with random weights, these as integers on the grid, tokens)."""
     rng = np.random.default_rng(100 + seed)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     stored = {}
@@ -176,7 +173,15 @@ def model_goldens(config: transformers.PretrainedConfig, seed: int) -> dict:
             std = 1.0
         stored[key] = _draw(rng, tuple(value.shape), std, mean=1.0 if norm else 0.0)
     model.load_state_dict({k: torch.from_numpy(v / np.float32(GRID)) for k, v in stored.items()})
-    tokens = rng.integers(0, config.vocab_size, (2, 12))
+    return model, stored, rng.integers(0, config.vocab_size, (2, 12))
+
+
+def model_goldens(config: transformers.PretrainedConfig, seed: int) -> dict:
+    """Tokens, logits, and parameters by moejax path with the layer's index in front.
+
+    One array holds all parameters, in the order of `layout`: {path: shape}.
+    """
+    model, stored, tokens = drawn_model(config, seed)
     with torch.no_grad():
         logits = model(torch.from_numpy(tokens)).logits.numpy()
     params = {

@@ -43,18 +43,27 @@ def complete(config: fdl.Config, overrides: Sequence[str], *, trusted: bool) -> 
 
 
 def _described(folder: pathlib.Path, *, trusted: bool) -> tuple[fdl.Config, fdl.Config]:
-    """(model without its vocabulary size, tokenizer with it)."""
+    """(model without its vocabulary size, tokenizer with it).
+
+    A run's model is as the run trained it; of a published one, what trains is in float32.
+    """
     # Imported here: most configs have a model, and a start should not wait for what reads others'.
     from moejax.data.subword import HFTokenizer
     from moejax.interop import hf
     from moejax.train.restore import TOKENIZER
 
+    is_run = False
     if hf.is_checkpoint(folder):
         model = hf.model_config(folder)
         tokenizer: Any = fdl.Config(HFTokenizer, path=str(folder), vocab_size=model.vocab_size)
     else:
         found = load_config(folder, trusted=trusted)
-        model = found.model if fdl.get_callable(found) is Experiment else found
+        is_run = fdl.get_callable(found) is Experiment
+        model = found.model if is_run else found
         tokenizer = fdl.Config(HFTokenizer, path=str(folder / TOKENIZER))
+    if not is_run:
+        # config.json says how weights are stored. What trains needs more, because bfloat16 would
+        # round small updates off; what is frozen stays in the dtype in which it is stored.
+        model.param_dtype = "float32"
     model.vocab_size = None
     return model, tokenizer

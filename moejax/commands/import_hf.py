@@ -3,6 +3,10 @@
 SOURCE is a folder of safetensors with its config.json; nothing is downloaded. OUT gets the weights
 in moejax's format with a fingerprint of each, the model's config, and the tokenizer files. A few
 slices are in memory at a time, whatever the size of the model.
+
+With --check, transformers (extra `hf`) reads SOURCE too, and the logits of four built-in rows of
+tokens, two of them padded, are compared with those of what was imported. Where they disagree OUT is
+not made and the exit status is 1. Both models are then in memory, one after the other, in float32.
 """
 
 from __future__ import annotations
@@ -10,6 +14,11 @@ from __future__ import annotations
 import argparse
 import pathlib
 import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moejax.interop.logit_check import Comparison
+    from moejax.models.transformer import Transformer
 
 EXAMPLE = "moejax import-hf OLMoE-1B-7B-0924 runs/olmoe"
 
@@ -17,13 +26,20 @@ EXAMPLE = "moejax import-hf OLMoE-1B-7B-0924 runs/olmoe"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help="folder of a Hugging Face checkpoint")
     parser.add_argument("out", metavar="OUT", help="folder to be made")
+    parser.add_argument(
+        "--check", action="store_true", help="compare the logits with those of transformers"
+    )
+
+
+class _DisagreementError(Exception):
+    """What was imported computes other logits; raised so that OUT is not made."""
 
 
 def run(args: argparse.Namespace) -> int:
     from moejax.config.run_directory import claim
     from moejax.data.errors import DataError
     from moejax.data.subword import HFTokenizer
-    from moejax.interop import hf
+    from moejax.interop import hf, logit_check
     from moejax.interop.tensor_writer import appearing_whole
     from moejax.models.stack import stacked_layers
     from moejax.train.init_from import CHECKPOINTS, HF, LAYERS
@@ -31,26 +47,59 @@ def run(args: argparse.Namespace) -> int:
     from moejax.train.restore import TOKENIZER
     from moejax.train.slices import write_checkpoint
 
+    if args.check:
+        logit_check.require_transformers()
     started = time.monotonic()
     source, out = pathlib.Path(args.source), pathlib.Path(args.out)
     config = hf.model_config(source)
     model, leaves = hf.stored(source)
-    with appearing_whole(out) as folder:
-        num_bytes = write_checkpoint(
-            folder / CHECKPOINTS / "step_00000000",
-            leaves,
-            step=0,
-            extra={LAYERS: stacked_layers(model.segments)},
-        )
-        hf.carry(source, folder / HF)
-        try:
-            tokenizer = HFTokenizer(path=str(source), vocab_size=model.vocab_size).prepare(None, "")
-            tokenizer.save(folder / TOKENIZER)
-        except DataError as error:
-            print(f"no tokenizer was imported: {error}")
-        claim(folder, config, versions())
-    seconds = time.monotonic() - started
+    try:
+        with appearing_whole(out) as folder:
+            num_bytes = write_checkpoint(
+                folder / CHECKPOINTS / "step_00000000",
+                leaves,
+                step=0,
+                extra={LAYERS: stacked_layers(model.segments)},
+            )
+            hf.carry(source, folder / HF)
+            try:
+                found = HFTokenizer(path=str(source), vocab_size=model.vocab_size)
+                found.prepare(None, "").save(folder / TOKENIZER)
+            except DataError as error:
+                print(f"no tokenizer was imported: {error}")
+            claim(folder, config, versions())
+            seconds = time.monotonic() - started
+            if args.check:
+                _check(source, folder, model)
+    except _DisagreementError:
+        print(f"{out} was not made")
+        return 1
     print(f"{num_bytes / 1e9:.2f} GB of weights in {seconds:.1f} s: {out}\n")
     print("train its routers on your own text:")
     print(f"  moejax train configs/router_tuning.py init_from={out}")
     return 0
+
+
+def _check(source: pathlib.Path, imported: pathlib.Path, model: Transformer) -> None:
+    """Prints the comparison; raises _DisagreementError where it is one."""
+    found = _compared(source, imported, model)
+    print(f"logits of {source} here and in transformers, in float32:\n{found}\n")
+    if not found.agrees:
+        raise _DisagreementError
+
+
+def _compared(source: pathlib.Path, imported: pathlib.Path, model: Transformer) -> Comparison:
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from moejax.interop import logit_check
+    from moejax.parallel.mesh import Mesh
+    from moejax.train.init_from import read_weights
+
+    tokens, mask = logit_check.rows(model.vocab_size, model.max_length)
+    theirs = logit_check.their_logits(source, tokens, mask)
+    here = NamedSharding(Mesh(data=1).build(), PartitionSpec())
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    variables = read_weights(imported, model, jax.tree.map(lambda _: here, shapes))
+    variables = jax.tree.map(lambda x: x.astype("float32"), variables)
+    return logit_check.compare(logit_check.our_logits(model, variables, tokens, mask), theirs)

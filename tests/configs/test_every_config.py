@@ -3,6 +3,7 @@
 `MOEJAX_UPDATE_GOLDEN=1 pytest tests/configs` rewrites the golden texts; read the diff.
 """
 
+import functools
 import os
 import pathlib
 
@@ -53,11 +54,9 @@ def test_text(spec):
     assert_golden(f"{stem(spec)}.config.txt", config_text(load_config(spec)))
 
 
-def test_parameters(spec):
-    config = load_config(spec)
-    if "model" not in fdl.ordered_arguments(config):
-        pytest.skip("its model is that of the folder init_from")
-    model = build_config(config).build_model(VOCABULARY)
+@functools.cache
+def parameters(model):
+    """Path, dtype, shape and logical axes, line by line. Configs for machines share a model."""
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     is_names = lambda leaf: isinstance(leaf, tuple)
     axes = jax.tree.leaves(model.logical_axes(), is_leaf=is_names)
@@ -65,7 +64,15 @@ def test_parameters(spec):
         f"{path} {leaf.dtype}{list(leaf.shape)} {', '.join(map(str, names))}\n"
         for (path, leaf), names in zip(named_leaves(shapes).items(), axes, strict=True)
     ]
-    assert_golden(f"{stem(spec)}.parameters.txt", "".join(lines))
+    return "".join(lines)
+
+
+def test_parameters(spec):
+    config = load_config(spec)
+    if "model" not in fdl.ordered_arguments(config):
+        pytest.skip("its model is that of the folder init_from")
+    model = build_config(config).build_model(VOCABULARY)
+    assert_golden(f"{stem(spec)}.parameters.txt", parameters(model))
 
 
 def test_every_number_lives_at_one_path(spec):

@@ -7,8 +7,11 @@ import shutil
 import numpy as np
 import pytest
 
+from moejax.commands import main
+from moejax.config import run_directory
+from moejax.config.load import load_config
 from moejax.errors import UserError
-from moejax.interop import hf
+from moejax.interop import hf, tensor_writer
 from tests.interop.tiny_checkpoints import WEIGHTS, edit_config, edit_tensors, variables, written
 
 INDEX = "model.safetensors.index.json"
@@ -153,3 +156,23 @@ def test_an_extra_prediction_layer_is_left_out(tmp_path, caplog):
     hf.load(directory)
     assert "not loaded" in caplog.text
     assert "model.layers.2.eh_proj.weight" in caplog.text
+
+
+def test_a_killed_import_leaves_nothing_that_looks_whole(one, tmp_path, monkeypatch):
+    """A killed process cannot clean up: what it wrote has neither the name nor a config.json."""
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as process:
+        process.setattr(tensor_writer.shutil, "rmtree", lambda *_, **__: None)
+        process.setattr(run_directory, "claim", killed)  # everything else is written by then
+        with pytest.raises(KeyboardInterrupt):
+            main(["import-hf", str(one), str(tmp_path / "out")])
+    (left,) = set(tmp_path.iterdir()) - {one}
+    assert left.name.startswith(".out.partial-")
+    assert any(left.rglob("manifest.json"))
+    with pytest.raises(UserError, match="is no run: it holds no config.json"):
+        load_config(left)
+    shutil.rmtree(left)
+    assert main(["import-hf", str(one), str(tmp_path / "out")]) == 0

@@ -1,0 +1,146 @@
+"""Mixtral-8x7B: 46.7B parameters, 12.9B active, 8 experts of which 2 see a token.
+
+Command   moejax train configs/mixtral_8x7b.py:h100_64 data.train.path=DATA
+          moejax import-hf Mixtral-8x7B-v0.1 runs/mixtral
+          moejax train configs/mixtral_8x7b.py:tuning data.train.path=DATA
+          DATA is a JSON Lines file, or a folder of them; Mixtral-8x7B-v0.1 is a downloaded folder.
+Cost      not published; not run here
+Result    none here. No topology below was compiled or timed: its sizes divide, and its parameters,
+          gradients and moments fit, which tests/configs/test_topologies.py checks
+Numbers   architecture: config.json of mistralai/Mixtral-8x7B-v0.1 (arXiv 2401.04088, table 1). The
+          balance weight is its router_aux_loss_coef 0.02 times k = 2, because the loss that it
+          weighs counts every choice of a token.
+Ours      everything else: nothing is published about data, batch, learning rate, length of training
+          or balancing. (The paper trains on 32,768 positions; here it is 4,096.)
+"""
+
+import fiddle as fdl
+from fiddle.experimental import auto_config
+
+from configs import router_tuning, tiny
+from moejax.attention.full import FullAttention
+from moejax.balance.load_balance import TwoPassLoadBalance
+from moejax.balance.unbalanced import Unbalanced
+from moejax.data.jsonl import JsonLines
+from moejax.data.pack import BestFit
+from moejax.data.pipeline import Data
+from moejax.data.subword import HFTokenizer
+from moejax.experiment import Experiment
+from moejax.experts.glu import GLU
+from moejax.layers.linear import Linear
+from moejax.layers.norm import RMSNorm
+from moejax.layers.rope import Rope
+from moejax.models.block import Block
+from moejax.models.moe import MoE
+from moejax.models.transformer import Transformer
+from moejax.objectives.lm import NextToken
+from moejax.optim.guard import Guard
+from moejax.optim.optimizer import AdamW
+from moejax.optim.schedule import WarmupCosine
+from moejax.parallel.mesh import Mesh
+from moejax.routers.topk import TopK
+from moejax.transport.least_loaded import LeastLoaded
+
+
+@auto_config.auto_config
+def config() -> Experiment:
+    """Pretraining, on devices that a topology below arranges."""
+    return Experiment(
+        model=Transformer(
+            num_layers=32,
+            d_model=4096,
+            max_length=32_768,
+            dtype="bfloat16",
+            remat="full",
+            block=Block(
+                attention=FullAttention(
+                    num_heads=32,
+                    num_kv_heads=8,
+                    rope=Rope(theta=1_000_000.0),
+                    query_blocks=4,
+                    linear=Linear(),
+                ),
+                ffn=MoE(
+                    num_experts=8,
+                    router=TopK(k=2),
+                    experts=GLU(d_ff=14_336),
+                    transport=LeastLoaded(),
+                    balance=(TwoPassLoadBalance(weight=0.04),),
+                ),
+                norm=RMSNorm(epsilon=1e-5),
+            ),
+        ),
+        data=Data(
+            train=JsonLines(path="data/pretraining"),
+            tokenizer=HFTokenizer(path="Mixtral-8x7B-v0.1", vocab_size=32_000),
+            packing=BestFit(),
+        ),
+        optimizer=AdamW(
+            schedule=WarmupCosine(peak=1.5e-4, warmup_steps=2000, final_fraction=0.1),
+            b1=0.9,
+            b2=0.95,
+            eps=1e-8,
+            weight_decay=0.1,
+            clip_norm=1.0,
+        ),
+        objective=NextToken(),
+        guard=Guard(),
+        mesh=Mesh(),
+        steps=250_000,
+        batch_size=1024,
+        sequence_length=4096,
+        eval_every=5000,
+        checkpoint_every=1000,
+        workdir="runs/mixtral_8x7b",
+    )
+
+
+def tuning() -> fdl.Config:
+    """The routers of the last five layers, from what `import-hf` wrote."""
+    tuned, full = router_tuning.config.as_buildable(), config.as_buildable()
+    tuned.init_from = "runs/mixtral"
+    tuned.trainable = ("layers_27/*/router/*",)
+    tuned.model, tuned.data = full.model, full.data
+    tuned.model.boundaries = (27,)
+    tuned.model.block.ffn.balance = (fdl.Config(Unbalanced),)
+    tuned.data.train.path = "data/tuning"
+    tuned.optimizer.schedule.peak = 1e-4
+    tuned.batch_size = 64
+    tuned.sequence_length = 1024
+    tuned.workdir = "runs/mixtral_8x7b_tuned"
+    return tuned
+
+
+def smoke() -> fdl.Config:
+    """The same model made small, on what `configs/tiny.py:smoke` trains on: for tests."""
+    small, full = tiny.smoke(), config.as_buildable()
+    small.model, small.optimizer = full.model, full.optimizer
+    small.optimizer.schedule.warmup_steps = 1
+    small.model.remat = "none"
+    small.model.num_layers = 2
+    small.model.d_model = 32
+    small.model.block.attention.query_blocks = 1
+    small.model.block.attention.num_heads = 2
+    small.model.block.attention.num_kv_heads = 1
+    small.model.block.ffn.num_experts = 4
+    small.model.block.ffn.router.k = 2
+    small.model.block.ffn.experts.d_ff = 16
+    small.workdir = "runs/mixtral_8x7b_smoke"
+    small.prompts = ()
+    return small
+
+
+def h100_64() -> fdl.Config:
+    """Eight nodes of eight H100: experts within a node, parameters split over all."""
+    placed = config.as_buildable()
+    placed.mesh.fsdp, placed.mesh.expert = 8, 8
+    placed.num_microbatches = 16
+    return placed
+
+
+def v5p_128() -> fdl.Config:
+    """A TPU v5p-128, which is 64 chips and so 64 devices."""
+    placed = config.as_buildable()
+    placed.mesh.fsdp, placed.mesh.expert = 8, 8
+    placed.num_microbatches = 16
+    return placed

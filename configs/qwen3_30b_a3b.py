@@ -1,0 +1,151 @@
+"""Qwen3-30B-A3B: 30.5B parameters, 3.3B active, 128 experts of which 8 see a token.
+
+Command   moejax train configs/qwen3_30b_a3b.py:h100_64 data.train.path=DATA
+          moejax import-hf Qwen3-30B-A3B runs/qwen3
+          moejax train configs/qwen3_30b_a3b.py:tuning data.train.path=DATA
+          DATA is a JSON Lines file, or a folder of them; Qwen3-30B-A3B is a downloaded folder.
+Cost      not published; not run here
+Result    none here. No topology below was compiled or timed: its sizes divide, and its parameters,
+          gradients and moments fit, which tests/configs/test_topologies.py checks
+Numbers   architecture: config.json of Qwen/Qwen3-30B-A3B. arXiv 2505.09388, section 3.2: 4,096
+          positions and 30T tokens of the first stage, and balancing over the global batch. The
+          balance weight is config.json's router_aux_loss_coef 0.001 times k = 8, because the loss
+          that it weighs counts every choice of a token.
+Ours      batch (and so the steps), learning rate, warm-up and decay, which the paper predicts by
+          scaling laws that it does not print. Its later stages (5T tokens of reasoning, then long
+          texts) are left out. Remat, query_blocks, the meshes, and all of `tuning`'s numbers.
+"""
+
+import fiddle as fdl
+from fiddle.experimental import auto_config
+
+from configs import router_tuning, tiny
+from moejax.attention.full import FullAttention
+from moejax.balance.load_balance import TwoPassLoadBalance
+from moejax.balance.unbalanced import Unbalanced
+from moejax.data.jsonl import JsonLines
+from moejax.data.pack import BestFit
+from moejax.data.pipeline import Data
+from moejax.data.subword import HFTokenizer
+from moejax.experiment import Experiment
+from moejax.experts.glu import GLU
+from moejax.layers.linear import Linear
+from moejax.layers.norm import RMSNorm
+from moejax.layers.rope import Rope
+from moejax.models.block import Block
+from moejax.models.moe import MoE
+from moejax.models.transformer import Transformer
+from moejax.objectives.lm import NextToken
+from moejax.optim.guard import Guard
+from moejax.optim.optimizer import AdamW
+from moejax.optim.schedule import WarmupCosine
+from moejax.parallel.mesh import Mesh
+from moejax.routers.topk import TopK
+from moejax.transport.least_loaded import LeastLoaded
+
+
+@auto_config.auto_config
+def config() -> Experiment:
+    """Pretraining, on devices that a topology below arranges."""
+    return Experiment(
+        model=Transformer(
+            num_layers=48,
+            d_model=2048,
+            max_length=40_960,
+            dtype="bfloat16",
+            remat="full",
+            block=Block(
+                attention=FullAttention(
+                    num_heads=32,
+                    num_kv_heads=4,
+                    head_dim=128,
+                    rope=Rope(theta=1_000_000.0),
+                    qk_norm=RMSNorm(epsilon=1e-6),
+                    query_blocks=4,
+                    linear=Linear(),
+                ),
+                ffn=MoE(
+                    num_experts=128,
+                    router=TopK(k=8),
+                    experts=GLU(d_ff=768),
+                    transport=LeastLoaded(),
+                    balance=(TwoPassLoadBalance(weight=0.008),),
+                ),
+                norm=RMSNorm(epsilon=1e-6),
+            ),
+        ),
+        data=Data(
+            train=JsonLines(path="data/pretraining"),
+            tokenizer=HFTokenizer(path="Qwen3-30B-A3B", vocab_size=151_936),
+            packing=BestFit(),
+        ),
+        optimizer=AdamW(
+            schedule=WarmupCosine(peak=3e-4, warmup_steps=2000, final_fraction=0.1),
+            b1=0.9,
+            b2=0.95,
+            eps=1e-8,
+            weight_decay=0.1,
+            clip_norm=1.0,
+        ),
+        objective=NextToken(),
+        guard=Guard(),
+        mesh=Mesh(),
+        steps=1_788_000,
+        batch_size=4096,
+        sequence_length=4096,
+        eval_every=5000,
+        checkpoint_every=1000,
+        workdir="runs/qwen3_30b_a3b",
+    )
+
+
+def tuning() -> fdl.Config:
+    """The routers of the last five layers, from what `import-hf` wrote."""
+    tuned, full = router_tuning.config.as_buildable(), config.as_buildable()
+    tuned.init_from = "runs/qwen3"
+    tuned.trainable = ("layers_43/*/router/*",)
+    tuned.model, tuned.data = full.model, full.data
+    tuned.model.boundaries = (43,)
+    tuned.model.block.ffn.balance = (fdl.Config(Unbalanced),)
+    tuned.data.train.path = "data/tuning"
+    tuned.optimizer.schedule.peak = 1e-4
+    tuned.batch_size = 64
+    tuned.sequence_length = 1024
+    tuned.workdir = "runs/qwen3_30b_a3b_tuned"
+    return tuned
+
+
+def smoke() -> fdl.Config:
+    """The same model made small, on what `configs/tiny.py:smoke` trains on: for tests."""
+    small, full = tiny.smoke(), config.as_buildable()
+    small.model, small.optimizer = full.model, full.optimizer
+    small.optimizer.schedule.warmup_steps = 1
+    small.model.remat = "none"
+    small.model.num_layers = 2
+    small.model.d_model = 32
+    small.model.block.attention.query_blocks = 1
+    small.model.block.attention.num_heads = 2
+    small.model.block.attention.num_kv_heads = 1
+    small.model.block.attention.head_dim = 8
+    small.model.block.ffn.num_experts = 8
+    small.model.block.ffn.router.k = 2
+    small.model.block.ffn.experts.d_ff = 16
+    small.workdir = "runs/qwen3_30b_a3b_smoke"
+    small.prompts = ()
+    return small
+
+
+def h100_64() -> fdl.Config:
+    """Eight nodes of eight H100: experts within a node, parameters split over all."""
+    placed = config.as_buildable()
+    placed.mesh.fsdp, placed.mesh.expert = 8, 8
+    placed.num_microbatches = 64
+    return placed
+
+
+def v5p_128() -> fdl.Config:
+    """A TPU v5p-128, which is 64 chips and so 64 devices."""
+    placed = config.as_buildable()
+    placed.mesh.fsdp, placed.mesh.expert = 8, 8
+    placed.num_microbatches = 64
+    return placed

@@ -1,0 +1,65 @@
+"""A config without a model gets that of the folder, in which what trains is kept in float32."""
+
+import fiddle as fdl
+import jax
+import numpy as np
+import pytest
+
+from moejax.commands import main
+from moejax.commands.given_model import complete
+from moejax.config.build import build_config
+from moejax.config.load import load_config
+from moejax.config.overrides import apply_overrides
+from moejax.config.run_directory import claim
+from moejax.interop import hf
+from moejax.train.manifest import versions
+from moejax.train.state import init_state
+from moejax.types import named_leaves
+from tests.interop.tiny_checkpoints import written
+
+TUNING = "configs/router_tuning.py"
+
+
+@pytest.fixture
+def published(tmp_path):
+    """As published models are: stored in bfloat16."""
+    return written("olmoe", tmp_path / "hf", dtype="bfloat16")
+
+
+def given(folder) -> fdl.Config:
+    return complete(load_config(TUNING), [f"init_from={folder}"], trusted=False)
+
+
+@pytest.mark.parametrize("imported", [False, True])
+def test_what_trains_is_float32_and_products_are_as_published(published, tmp_path, imported):
+    folder = published
+    if imported:
+        folder = tmp_path / "imported"
+        assert main(["import-hf", str(published), str(folder)]) == 0
+    config = given(folder)
+    assert (config.model.dtype, config.model.param_dtype) == ("bfloat16", "float32")
+    stored = apply_overrides(config, ["model.param_dtype=bfloat16"])
+    assert stored.model.param_dtype == "bfloat16"
+
+
+def test_what_is_frozen_keeps_its_bits(published):
+    experiment = build_config(given(published))
+    model, (_, variables) = experiment.build_model(24), hf.load(published)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))["params"]
+    optimizer = experiment.build_optimizer(shapes)
+    trainable = experiment.trainable
+    state = init_state(
+        model, optimizer, experiment.guard, 0, trainable=trainable, variables=variables
+    )
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state.params)} == {"float32"}
+    frozen, loaded = named_leaves(state.frozen), named_leaves(variables["params"])
+    for path, leaf in frozen.items():
+        assert leaf.dtype == "bfloat16"
+        np.testing.assert_array_equal(leaf, loaded[path])
+
+
+def test_a_runs_model_is_as_the_run_trained_it(tmp_path):
+    config = load_config("configs/tiny.py:smoke")
+    config.model.param_dtype = "bfloat16"
+    claim(tmp_path, config, versions())
+    assert given(tmp_path).model.param_dtype == "bfloat16"
