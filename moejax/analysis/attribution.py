@@ -31,4 +31,5 @@ def rank_experts(scores: ArrayLike, most: int) -> list[tuple[int, int, float]]:
     """
     scores = np.asarray(scores, np.float64)
     best = np.argsort(-scores, axis=None, kind="stable")[:most]
-    return [(int(n // scores.shape[1]), int(n % scores.shape[1]), float(scores.flat[n])) for n in best]
+    rows, experts = np.unravel_index(best, scores.shape)
+    return [(int(r), int(e), float(scores[r, e])) for r, e in zip(rows, experts, strict=True)]

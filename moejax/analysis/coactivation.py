@@ -42,17 +42,17 @@ def given_choice(together: ArrayLike) -> NDArray:
     return np.divide(counts, own, out=np.full_like(counts, np.nan), where=own > 0)
 
 
-def relative_coactivation(together: ArrayLike) -> NDArray:
-    """`N_ij / mean over j != i of N_ij`: how often j comes with i, over the mean of the others.
+def pair_lift(together: ArrayLike) -> NDArray:
+    """How often i and j come together over how often they would by chance: `p_ij / (p_i p_j)`.
 
-    `[..., E, E] -> [..., E, E]`, NaN on the diagonal and in rows without a pair. The mean of
-    every other row is 1, whatever k and the load: 1 is "no more than any other expert".
+    `[..., E, E] -> [..., E, E]`, symmetric; `p_ij` and `p_i` as in `choice_information`, so a busy
+    expert is no one's partner for being busy. 1 is chance; even and independent choices have
+    `E / (E - 1)`, because the two differ. NaN on the diagonal and for experts without a pair.
     """
-    counts = np.asarray(together, np.float64)
-    num_experts = counts.shape[-1]
-    other = ~np.eye(num_experts, dtype=bool)
-    mean = np.where(other, counts, 0).sum(-1, keepdims=True) / max(num_experts - 1, 1)
-    return np.divide(counts, mean, out=np.full_like(counts, np.nan), where=other & (mean > 0))
+    pairs, one = _pair_shares(together)
+    chance = one[..., :, None] * one[..., None, :]
+    known = (chance > 0) & ~np.eye(pairs.shape[-1], dtype=bool)
+    return np.divide(pairs, chance, out=np.full_like(pairs, np.nan), where=known)
 
 
 def choice_information(together: ArrayLike) -> NDArray | np.floating:
@@ -62,12 +62,16 @@ def choice_information(together: ArrayLike) -> NDArray | np.floating:
     and j the other: `sum_ij p_ij ln(p_ij / (p_i p_j))`. The least that even, independent choices
     reach is `ln(E / (E - 1))`, because the two differ; NaN where no token makes two choices.
     """
+    pairs, one = _pair_shares(together)
+    return 2 * entropy(one) - entropy(pairs.reshape(*one.shape[:-1], -1))
+
+
+def _pair_shares(together: ArrayLike) -> tuple[NDArray, NDArray]:
+    """(p_ij `[..., E, E]`, p_i `[..., E]`) over ordered pairs of different choices; NaN if none."""
     counts = np.asarray(together, np.float64)
-    num_experts = counts.shape[-1]
-    pairs = np.where(np.eye(num_experts, dtype=bool), 0, counts)
-    p = distribution(pairs.reshape(*counts.shape[:-2], -1))
-    one = p.reshape(counts.shape).sum(-1)
-    return 2 * entropy(one) - entropy(p)
+    other = np.where(np.eye(counts.shape[-1], dtype=bool), 0, counts)
+    pairs = distribution(other.reshape(*counts.shape[:-2], -1)).reshape(counts.shape)
+    return pairs, pairs.sum(-1)
 
 
 def strongest_pairs(together: ArrayLike, most: int) -> list[tuple[int, int, float]]:

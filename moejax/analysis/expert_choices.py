@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -13,8 +15,8 @@ def count_choices(experts: ArrayLike, num_experts: int) -> NDArray[np.int64]:
     different experts. Divided by their sum the counts are the load (`routing.load_share`).
     """
     experts = np.asarray(experts)
-    lead, num_experts = experts.shape[:-2], int(num_experts)
-    rows = experts.reshape(-1, experts.shape[-2] * experts.shape[-1]).astype(np.int64)
+    *lead, num_tokens, k = experts.shape
+    rows = experts.reshape(math.prod(lead), num_tokens * k).astype(np.int64)
     used = (rows >= 0) & (rows < num_experts)
     offset = np.arange(len(rows))[:, None] * num_experts
     counts = np.bincount((rows + offset)[used], minlength=len(rows) * num_experts)

@@ -131,9 +131,10 @@ class TraceFile:
         try:
             self.info = _info(content["info"])
             totals = content["totals"]
-            self.num_tokens, self.num_sequences, self.num_documents, self._num_batches = (
-                int(totals[f"num_{name}"]) for name in ("tokens", "sequences", "documents", "batches")
-            )
+            self.num_tokens = int(totals["num_tokens"])
+            self.num_sequences = int(totals["num_sequences"])
+            self.num_documents = int(totals["num_documents"])
+            self._num_batches = int(totals["num_batches"])
             self._names = tuple(totals["arrays"])
         except (KeyError, TypeError, ValueError) as error:
             raise _damaged(self.path, f"{_HEADER} lacks {error}") from error

@@ -19,7 +19,7 @@ from moejax.analysis.trace_file import TraceFile
 WINDOWS = (4, 16, 64, 256)  # the paper's segment lengths, in tokens
 LOOK_AHEAD = 16  # tokens that the cache sees ahead
 _CACHES = (1, 2, 4)  # experts in the cache, in units of k
-_ROUTING_TOKENS, _CACHE_TOKENS = 2**15, 2**12
+_ROUTING_TOKENS, _CACHE_TOKENS = 2**15, 2**11  # of each layer, at most about these
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,9 +46,9 @@ class SegmentCounter:
         info = trace.info
         self._num_experts, num_layers = info.num_experts, len(info.layers)
         self._histograms = [np.zeros((num_layers, info.num_experts, m + 1)) for m in WINDOWS]
-        most = sorted({min(c * info.k, info.num_experts) for c in _CACHES})
-        self._capacities = tuple(most)
-        self._hits = np.zeros((len(most), num_layers))
+        sizes = [c * info.k for c in _CACHES]
+        self._capacities = tuple(size for size in sizes if size < info.num_experts)  # E hits all
+        self._hits = np.zeros((len(self._capacities), num_layers))
         self._choices = np.zeros(num_layers)
         self._every = [
             max(1, -(-trace.num_tokens // tokens)) for tokens in (_ROUTING_TOKENS, _CACHE_TOKENS)
@@ -69,9 +69,7 @@ class SegmentCounter:
     def _add_routing(self, experts: NDArray) -> None:
         for window, total in zip(WINDOWS, self._histograms, strict=True):
             for layer, own in enumerate(experts):
-                total[layer] += window_histogram(
-                    own, num_experts=self._num_experts, window=window
-                )
+                total[layer] += window_histogram(own, num_experts=self._num_experts, window=window)
 
     def _add_cache(self, experts: NDArray) -> None:
         for layer, own in enumerate(experts):

@@ -20,6 +20,7 @@ class TraceSummary:
     """Sums of one trace.
 
     Attributes:
+      name: what pictures call the trace.
       trace: the file.
       counts: tokens that choose each expert, `[L, E]`.
       halves: the same of even and of odd documents, `[2, L, E]`: how much two parts of one text
@@ -31,6 +32,7 @@ class TraceSummary:
       segments: SRP and SCH.
     """
 
+    name: str
     trace: TraceFile
     counts: NDArray[np.int64]
     halves: NDArray[np.int64]
@@ -39,13 +41,8 @@ class TraceSummary:
     attribution: NDArray
     segments: Segments
 
-    @property
-    def name(self) -> str:
-        """What pictures call the trace: its file's name."""
-        return self.trace.path.stem
 
-
-def summarise(trace: TraceFile) -> TraceSummary:
+def summarise(trace: TraceFile, name: str) -> TraceSummary:
     """Reads the whole trace once, one batch in memory at a time. UserError where it is damaged."""
     num_layers, num_experts = len(trace.info.layers), trace.info.num_experts
     halves = np.zeros((2, num_layers, num_experts), np.int64)
@@ -62,6 +59,7 @@ def summarise(trace: TraceFile) -> TraceSummary:
         entropies += batch.sequence_entropy.astype(np.float64) @ batch.lengths
         segments.add(batch)
     return TraceSummary(
+        name=name,
         trace=trace,
         counts=halves.sum(axis=0),
         halves=halves,

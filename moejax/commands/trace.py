@@ -100,10 +100,8 @@ def _trace(args: argparse.Namespace) -> int:
             max_tokens=args.max_tokens,
         )
     print(f"{output}: {output.stat().st_size / 1e6:.2f} MB")
-    print(
-        f"  {written.num_tokens:,} tokens in {written.num_sequences:,} sequences; {len(info.layers)} "
-        f"MoE layers of {info.num_experts} experts, top-{info.k}"
-    )
+    print(f"  {written.num_tokens:,} tokens in {written.num_sequences:,} sequences")
+    print(f"  {len(info.layers)} MoE layers of {info.num_experts} experts, top-{info.k}")
     print(f"draw it:\n  moejax report {output}")
     return 0
 

@@ -1,4 +1,4 @@
-"""The weights, the model and the tokenizer that `moejax trace` looks at, whatever folder they are in.
+"""The model, the weights and the tokenizer that `moejax trace` looks at, whatever holds them.
 
 A run, a config with `init_from`, what `moejax import-hf` wrote, or a Hugging Face checkpoint.
 """
