@@ -42,16 +42,19 @@ def given_choice(together: ArrayLike) -> NDArray:
     return np.divide(counts, own, out=np.full_like(counts, np.nan), where=own > 0)
 
 
-def pair_lift(together: ArrayLike) -> NDArray:
+def pair_lift(together: ArrayLike, *, min_expected: float = 0.0) -> NDArray:
     """How often i and j come together over how often they would by chance: `p_ij / (p_i p_j)`.
 
     `[..., E, E] -> [..., E, E]`, symmetric; `p_ij` and `p_i` as in `choice_information`, so a busy
     expert is no one's partner for being busy. 1 is chance; even and independent choices have
-    `E / (E - 1)`, because the two differ. NaN on the diagonal and for experts without a pair.
+    `E / (E - 1)`, because the two differ. NaN on the diagonal, for experts without a pair, and
+    where chance would give fewer than `min_expected` tokens, which is too few to say.
     """
     pairs, one = _pair_shares(together)
     chance = one[..., :, None] * one[..., None, :]
-    known = (chance > 0) & ~np.eye(pairs.shape[-1], dtype=bool)
+    apart = ~np.eye(pairs.shape[-1], dtype=bool)
+    total = np.where(apart, together, 0).sum((-2, -1), keepdims=True)
+    known = apart & (chance > 0) & (chance * total >= min_expected)
     return np.divide(pairs, chance, out=np.full_like(pairs, np.nan), where=known)
 
 

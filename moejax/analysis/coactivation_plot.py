@@ -18,6 +18,7 @@ from moejax.analysis.trace_plots import layer_columns, line_style
 from moejax.analysis.trace_summary import TraceSummary
 
 _MOST_PAIRS = 12
+_MIN_EXPECTED = 5.0  # tokens that a pair should have by chance before its colour means anything
 
 
 def most_coupled(together: NDArray) -> int | None:
@@ -42,7 +43,7 @@ def plot_coactivation(summary: TraceSummary) -> Figure:
     together = summary.together[row]
     layer = info.layers[row]
     _matrix(figure, left, together)
-    left.set_title(f"Chosen together in layer {layer}: {summary.name}")
+    left.set_title(f"Chosen together in layer {layer}: {figures.short_name(summary.name)}")
 
     pairs = strongest_pairs(together, _MOST_PAIRS)
     at = np.arange(len(pairs))
@@ -66,8 +67,8 @@ def plot_coactivation(summary: TraceSummary) -> Figure:
 
 
 def _matrix(figure: Figure, axes, together: NDArray) -> None:
-    """Black: at most 1% of chance. Grey: the diagonal, and experts without a pair."""
-    ratio = pair_lift(together)
+    """Black: at most 1% of chance. Grey: the diagonal, and too few tokens to say."""
+    ratio = pair_lift(together, min_expected=_MIN_EXPECTED)
     image = axes.imshow(load_colours(ratio), interpolation="nearest", **load_scale())
     axes.grid(False)
     for axis in (axes.xaxis, axes.yaxis):

@@ -33,9 +33,12 @@ def plot_divergence(comparison: Comparison) -> Figure:
     ):
         if np.isfinite(floor).any():
             panels[0].plot(
-                *(rows, floor), color=colour, linestyle=dash, label=f"within {_short(name)}"
+                *(rows, floor),
+                color=colour,
+                linestyle=dash,
+                label=f"within {figures.short_name(name)}",
             )
-    figure.suptitle(" and ".join(map(_short, names)), x=0.01, ha="left", fontsize=11.5)
+    figure.suptitle(" and ".join(map(figures.short_name, names)), x=0.01, ha="left", fontsize=11.5)
     panels[0].set(title="Choices of all tokens", ylabel="Jensen-Shannon divergence, nats")
     panels[0].set_ylim(0, 1.1 * max(1e-4, np.nanmax([comparison.jsd, *comparison.floors])))
     if comparison.pairs is not None:
@@ -60,13 +63,11 @@ def plot_shift(comparison: Comparison) -> Figure:
     )
     expert_axis(axes, info.num_experts)
     layer_rows(axes, info.layers)
-    first, other = _short(comparison.first.name), _short(comparison.other.name)
+    first, other = (
+        figures.short_name(comparison.first.name),
+        figures.short_name(comparison.other.name),
+    )
     axes.set_title(f"Tokens that activate an expert: {other} minus {first}")
     bar = figure.colorbar(image, ax=axes, **bar_style(len(info.layers)))
     bar.set_label("percent points")
     return figure
-
-
-def _short(name: str) -> str:
-    """A name that fits into a title beside another."""
-    return name if len(name) <= 24 else f"{name[:11]}…{name[-12:]}"

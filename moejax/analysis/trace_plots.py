@@ -30,11 +30,11 @@ def plot_load(summary: TraceSummary) -> Figure:
     mesh = left.imshow(load_colours(ratio), aspect="auto", interpolation="nearest", **load_scale())
     expert_axis(left, ratio.shape[1])
     layer_rows(left, layers)
-    left.set_title(f"Load of every expert: {summary.name} (black: below 1% of an even share)")
+    left.set_title(f"Load of every expert: {figures.short_name(summary.name)}")
     bar = figure.colorbar(mesh, ax=left, **bar_style(len(layers)), extend="min")
     bar.set_ticks(list(LOAD_TICKS), labels=list(LOAD_TICKS.values()))
     bar.ax.minorticks_off()
-    bar.set_label("load / even share")
+    bar.set_label("load / even share (black: ≤ 1%)")
     violation = routing.max_vio(summary.counts)
     right.barh(np.arange(len(layers)), violation, color=BLUE, height=0.7)
     right.set(title="MaxVio", xlabel="excess / mean")
@@ -54,7 +54,11 @@ def plot_entropy(summary: TraceSummary) -> Figure:
     spread = routing.load_entropy(summary.counts)
     left.plot(rows, summary.entropy, color=BLUE, label="router, mean over tokens", **mark)
     left.plot(rows, spread, color=VERMILION, label="load", **mark)
-    left.set(title=f"Entropy: {summary.name}", ylabel="nats / ln E (1 = uniform)", ylim=(0, 1.05))
+    left.set(
+        title=f"Entropy: {figures.short_name(summary.name)}",
+        ylabel="nats / ln E (1 = uniform)",
+        ylim=(0, 1.05),
+    )
     right.plot(rows, routing.effective_experts(summary.counts), color=VERMILION, **mark)
     for height, text in ((info.num_experts, f"all {info.num_experts}"), (info.k, f"k = {info.k}")):
         right.axhline(height, color=GREY, linestyle=(0, (5, 2)), linewidth=1.0)
@@ -77,7 +81,7 @@ def plot_attribution(summary: TraceSummary) -> Figure:
     best = rank_experts(summary.attribution, _MOST_RANKED)
     names = [f"layer {info.layers[row]}, expert {expert}" for row, expert, _ in best]
     share = routing.load_share(summary.counts)
-    figure = figures.new_figure(1.3 + 0.24 * len(best))
+    figure = figures.new_figure(max(3.6, 1.3 + 0.24 * len(best)))
     axes = figure.subplots()
     at = np.arange(len(best))
     axes.barh(at, [score for *_, score in best], color=BLUE, height=0.7, label="attribution")
@@ -90,10 +94,10 @@ def plot_attribution(summary: TraceSummary) -> Figure:
     axes.invert_yaxis()
     axes.set_xlim(0, 1.05 * max([even, *load, *(score for *_, score in best)]))
     axes.set(
-        title=f"Attribution, all layers ranked together: {summary.name}",
+        title=f"Attribution, all layers ranked together: {figures.short_name(summary.name)}",
         xlabel="mean over sequences of the mean router probability",
     )
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
     return figure
 
 
@@ -112,7 +116,10 @@ def plot_segments(summary: TraceSummary) -> Figure:
     share = info.k / info.num_experts
     floor = 2 * share / (1 + share)
     left.axhline(floor, color=GREY, linestyle=(0, (5, 2)), linewidth=1.2, label="all experts on")
-    left.set(title=f"Segment routing (SRP): {summary.name}", ylabel="best F1 of a segment router")
+    left.set(
+        title=f"Segment routing (SRP): {figures.short_name(summary.name)}",
+        ylabel="best F1 of a segment router",
+    )
     for colour, size, rate in zip(
         (BLUE, GREEN, ORANGE), found.capacities, found.hit_rate, strict=False
     ):

@@ -59,8 +59,9 @@ _PLANS = (
         title="Co-activation",
         caption="How often one token chooses both of two experts, over how often it would by "
         "chance, in the layer where choices say most about each other (mutual information of two "
-        "choices of one token, below right). Red: they work together; black: never. The bars name "
-        "the pairs that share most of their tokens.",
+        "choices of one token, below right). Red: they work together; black: never; grey: chance "
+        "alone would give fewer than five tokens. The bars name the pairs that share most of their "
+        "tokens.",
         draw=coactivation_plot.plot_coactivation,
     ),
     _Plan(
@@ -89,7 +90,8 @@ _COMPARED = (
         title="Divergence",
         caption="Jensen-Shannon divergence of the choices per layer: 0 is the same experts equally "
         "often, 0.69 (ln 2) no common expert. Dashed: even against odd documents of one and the "
-        "same trace, which is what chance and the mix of documents give. With sentence pairs, "
+        "same trace, which is what chance and the mix of documents give (of pieces of held-out "
+        "rows chance alone: pieces of one document fall on both sides). With sentence pairs, "
         "right: the mean over pairs, divided by the room that the entropies leave (0 to 1).",
         draw=comparison_plots.plot_divergence,
     ),
