@@ -25,7 +25,6 @@ from moejax.analysis.trace import TraceBatch, TraceInfo
 from moejax.errors import UserError
 
 FORMAT = "moejax-trace-1"
-SUFFIX = ".npz"
 _HEADER = "trace.json"
 _LEVEL = 4  # of compression: ids shrink, float16 hardly does
 _MOST_HEADER_BYTES = 2**26

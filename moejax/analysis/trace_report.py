@@ -21,11 +21,11 @@ from moejax.analysis import (
 )
 from moejax.analysis.comparison import Comparison, compare
 from moejax.analysis.html import Picture, Section
-from moejax.analysis.trace_file import SUFFIX, TraceFile
+from moejax.analysis.trace_file import TraceFile
+from moejax.analysis.trace_names import HELD_OUT, SUFFIX, TRACES
 from moejax.analysis.trace_summary import TraceSummary, summarise
 from moejax.errors import UserError
 
-TRACES = "traces"  # folder of a run
 _TAU = 0.3  # the smallest at which the paper's groups of experts do not overlap
 
 
@@ -106,8 +106,9 @@ _COMPARED = (
 
 
 def trace_files(run_dir: pathlib.Path) -> list[pathlib.Path]:
-    """The traces of a run, sorted by name."""
-    return sorted((run_dir / TRACES).glob(f"*{SUFFIX}"))
+    """The traces of a run by name, that of its held-out rows first: others compare with it."""
+    found = (run_dir / TRACES).glob(f"*{SUFFIX}")
+    return sorted(found, key=lambda path: (path.stem != HELD_OUT, path.name))
 
 
 def trace_sections(

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from moejax.train.text_rows import TextRows
 
 EXAMPLE = "moejax trace runs/tiny --text moejax/*.py --output runs/tiny/traces/python.npz"
-HELD_OUT = "held_out"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,13 +79,14 @@ def _check(args: argparse.Namespace) -> None:
 def _trace(args: argparse.Namespace) -> int:
     import jax
 
+    from moejax.analysis.trace_names import HELD_OUT, SUFFIX, TRACES
     from moejax.commands import traced_model
     from moejax.train.routing_trace import record
 
     found = traced_model.load(args)
     rows = _rows(args, found)
     name = args.text[0].stem if args.text else HELD_OUT
-    output = args.output or found.folder / "traces" / f"{name}.npz"
+    output = args.output or found.folder / TRACES / f"{name}{SUFFIX}"
     info = _info(args, found)
     with jax.set_mesh(found.mesh):
         written = record(
@@ -126,6 +126,7 @@ def _rows(args: argparse.Namespace, found: TracedModel) -> Iterator[TextRows]:
 
 def _info(args: argparse.Namespace, found: TracedModel) -> TraceInfo:
     from moejax.analysis.trace import TraceInfo
+    from moejax.analysis.trace_names import HELD_OUT
     from moejax.data.fingerprint import fingerprint
     from moejax.train.fingerprint import fingerprints
     from moejax.train.manifest import versions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -100,6 +101,7 @@ def held_out_rows(data: Loaders) -> Iterator[TextRows]:
         count += size
 
 
+@functools.lru_cache(maxsize=2)
 def _compiled(model: Transformer, mesh: jax.sharding.Mesh) -> Callable[..., Any]:
     """(variables, batch) -> the routing of all MoE layers in order, `[L, T, ...]`."""
     where = list(model.moe_layers.values())
