@@ -39,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--probs", action="store_true", help="store all router probabilities: E / K times as large"
     )
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="stop after so many tokens")
+    parser.add_argument(
+        "--max-tokens", type=int, metavar="N", help="stop after the batch that reaches N"
+    )
     parser.add_argument(
         "--sequence-length", type=int, metavar="S", help="of --text: tokens the model sees at once"
     )
