@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -50,6 +51,27 @@ def test_the_same_trace_has_the_same_bytes(tmp_path):
     one, two = (write_trace(tmp_path / name).read_bytes() for name in ("a.npz", "b.npz"))
     assert one == two
     assert one != write_trace(tmp_path / "c.npz", seed=1).read_bytes()
+
+
+def peak_bytes(path, count):
+    """Of writing and reading a trace of `count` equal batches of 8 sequences."""
+    (batch,) = batches(INFO, count=1, batch_size=4, sequence_length=2560)
+    tracemalloc.start()
+    with TraceWriter(path, INFO) as writer:
+        for number in range(count):
+            documents = np.arange(8 * number, 8 * number + 8, dtype=np.int32)
+            writer.add(dataclasses.replace(batch, documents=documents))
+    for _ in TraceFile(path).batches():
+        pass
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+def test_one_batch_is_in_memory_at_a_time(tmp_path):
+    few, many = (peak_bytes(tmp_path / "a.npz", count) for count in (2, 20))
+    assert (tmp_path / "a.npz").stat().st_size > 1.5 * many
+    assert many - few < 0.5 * few  # the archive's table of contents grows
 
 
 def test_padding_is_not_in_a_trace():
