@@ -128,7 +128,6 @@ def _rows(args: argparse.Namespace, found: TracedModel) -> Iterator[TextRows]:
 
 def _info(args: argparse.Namespace, found: TracedModel) -> TraceInfo:
     from moejax.analysis.trace import TraceInfo
-    from moejax.analysis.trace_names import HELD_OUT
     from moejax.data.fingerprint import fingerprint
     from moejax.train.fingerprint import fingerprints
     from moejax.train.manifest import versions
@@ -141,7 +140,7 @@ def _info(args: argparse.Namespace, found: TracedModel) -> TraceInfo:
         layers=tuple(found.model.moe_layers),
         sequence_length=found.sequence_length,
         tokenizer=found.tokenizer.fingerprint(),
-        sources=tuple(map(str, args.text)) if args.text else (HELD_OUT,),
+        sources=tuple(map(str, args.text)) if args.text else found.sources,
         documents="texts" if args.text else "pieces",
         weights={
             "folder": str(found.folder),

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import fiddle as fdl
     import jax
 
-    from moejax.data.pipeline import Loaders
+    from moejax.data.pipeline import Data, Loaders
     from moejax.data.tokenizer import Tokenizer
     from moejax.models.output import Variables
     from moejax.models.transformer import Transformer
@@ -29,7 +29,8 @@ _SEQUENCE_LENGTH, _BATCH_SIZE = 512, 4  # of a folder that says nothing of rows
 class TracedModel:
     """Ready to run on `mesh`. `folder` and `step` say where the weights came from.
 
-    `data` is None where the folder is a model without a run; `config` is the model's, as text.
+    `data` is None where the folder is a model without a run, and `sources` names what they are read
+    from; `config` is the model's, as text.
     """
 
     model: Transformer
@@ -37,6 +38,7 @@ class TracedModel:
     mesh: jax.sharding.Mesh
     tokenizer: Tokenizer
     data: Loaders | None
+    sources: tuple[str, ...]
     sequence_length: int
     batch_size: int
     folder: pathlib.Path
@@ -98,12 +100,19 @@ def _of_experiment(args: argparse.Namespace, config: fdl.Config) -> TracedModel:
         mesh=mesh,
         tokenizer=tokenizer,
         data=data,
+        sources=_source_names(experiment.data),
         sequence_length=args.sequence_length or experiment.sequence_length,
         batch_size=experiment.batch_size,
         folder=pathlib.Path(args.config if is_run else str(start)),
         step=step,
         config=_text(config.model),
     )
+
+
+def _source_names(data: Data) -> tuple[str, ...]:
+    """In the order in which batches number them."""
+    sources = getattr(data.train, "sources", (data.train,))
+    return tuple(str(getattr(source, "path", type(source).__name__)) for source in sources)
 
 
 def _same_tokenizer(data: Loaders, own: Tokenizer, args: argparse.Namespace) -> Loaders:
@@ -141,6 +150,7 @@ def _of_folder(args: argparse.Namespace, config: fdl.Config) -> TracedModel:
         mesh=mesh,
         tokenizer=tokenizer,
         data=None,
+        sources=(),
         sequence_length=args.sequence_length or default,
         batch_size=_BATCH_SIZE,
         folder=folder,

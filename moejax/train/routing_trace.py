@@ -18,6 +18,7 @@ from moejax.errors import UserError
 from moejax.kernels import compat
 from moejax.models.output import Variables
 from moejax.models.transformer import Transformer
+from moejax.objectives.traced import layer_trace
 from moejax.train import layout
 from moejax.train.text_rows import TextRows
 from moejax.types import Batch
@@ -90,13 +91,17 @@ def held_out_rows(data: Loaders) -> Iterator[TextRows]:
     """The evaluation rows of a run. Every piece of a document is a document of its own."""
     count = 0
     for batch in data.eval:
-        size = len(sequence_starts(np.asarray(batch.segment_ids)))
+        segment_ids = np.asarray(batch.segment_ids)
+        starts = sequence_starts(segment_ids)
+        size, sources = len(starts), np.zeros(len(starts), np.int32)
+        if batch.sources is not None:
+            sources = np.asarray(batch.sources)[segment_ids > 0][starts]
         yield TextRows(
             tokens=np.asarray(batch.tokens),
-            segment_ids=np.asarray(batch.segment_ids),
+            segment_ids=segment_ids,
             positions=np.asarray(batch.positions),
             documents=np.arange(count, count + size, dtype=np.int32),
-            sources=np.zeros(size, np.int32),
+            sources=sources,
         )
         count += size
 
@@ -104,7 +109,6 @@ def held_out_rows(data: Loaders) -> Iterator[TextRows]:
 @functools.lru_cache(maxsize=2)
 def _compiled(model: Transformer, mesh: jax.sharding.Mesh) -> Callable[..., Any]:
     """(variables, batch) -> the routing of all MoE layers in order, `[L, T, ...]`."""
-    where = list(model.moe_layers.values())
 
     def routing(variables: Variables, batch: Batch) -> dict[str, jax.Array]:
         out = model.apply(
@@ -114,8 +118,8 @@ def _compiled(model: Transformer, mesh: jax.sharding.Mesh) -> Callable[..., Any]
             positions=batch.positions,
             record=True,
         )
-        traces = [(out.stats[name]["trace"], row) for name, row in where]
-        return {field: jnp.stack([own[field][row] for own, row in traces]) for field in _FIELDS}
+        traces = [layer_trace(model, out.stats, layer) for layer in model.moe_layers]
+        return {field: jnp.stack([own[field] for own in traces]) for field in _FIELDS}
 
     return jax.jit(
         routing,

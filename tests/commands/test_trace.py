@@ -1,6 +1,7 @@
 """`moejax trace` as a user types it: of a run, of a published model, of an import."""
 
 import json
+import sysconfig
 
 import fiddle as fdl
 import numpy as np
@@ -92,6 +93,7 @@ def test_a_run(tmp_path, texts, capsys, monkeypatch):
     tokens = np.asarray(first.tokens)[np.asarray(first.segment_ids) > 0]
     np.testing.assert_array_equal(next(held_out.batches()).tokens, tokens)
     assert held_out.info.documents == "pieces"
+    assert held_out.info.sources == (sysconfig.get_paths()["stdlib"],)
     assert held_out.info.weights["step"] == 3
     assert held_out.info.tokenizer == data.tokenizer.fingerprint()
 

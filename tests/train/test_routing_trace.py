@@ -6,9 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from moejax.analysis.trace import TraceInfo
+from moejax.analysis.trace import TraceInfo, sequence_starts
 from moejax.analysis.trace_file import TraceFile
 from moejax.balance.unbalanced import Unbalanced
+from moejax.data import ByteTokenizer, Data, Mixture, TextFiles
 from moejax.errors import UserError
 from moejax.models.output import Output
 from moejax.parallel.mesh import Mesh
@@ -130,3 +131,28 @@ def test_several_devices_record_the_same(model, variables, tmp_path):
     one, three = found
     np.testing.assert_array_equal(one.experts, three.experts)
     np.testing.assert_allclose(one.sequence_probs, three.sequence_probs, rtol=1e-5)
+
+
+def test_held_out_rows_say_which_source_each_sequence_is_of(tmp_path):
+    sources = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for number in range(6):
+            (tmp_path / name / f"{number}.txt").write_text(f"{name} {number} " * (3 + number))
+        sources.append(TextFiles(path=str(tmp_path / name), pattern="*.txt", holdout_every=2))
+    data = Data(
+        train=Mixture(sources=tuple(sources), weights=(1.0, 1.0)),
+        tokenizer=ByteTokenizer(),
+        cache_dir=str(tmp_path / "cache"),
+    ).prepare(seq_len=32, batch_size=2, seed=0)
+    found, documents = set(), []
+    for rows in routing_trace.held_out_rows(data):
+        real = rows.segment_ids > 0
+        starts = sequence_starts(rows.segment_ids)
+        for source, tokens in zip(
+            rows.sources, np.split(rows.tokens[real], starts[1:]), strict=True
+        ):
+            found |= {(int(source), chr(t)) for t in tokens if chr(t) in "ab"}
+        documents += rows.documents.tolist()
+    assert found == {(0, "a"), (1, "b")}
+    assert documents == list(range(len(documents)))
