@@ -89,6 +89,12 @@ def short_number(value: float | np.floating) -> str:
     return f"{value:.4g}"
 
 
+def short_name(name: str, most: int = 24) -> str:
+    """A name that fits into a title beside another: its beginning and its end."""
+    half = (most - 1) // 2
+    return name if len(name) <= most else f"{name[:half]}…{name[half - most + 1 :]}"
+
+
 def plot_series(axes: Axes, steps: NDArray, values: NDArray, colour: str, label: str) -> None:
     """A line; where it is long and noisy, a pale line with its smoothed course on top."""
     if is_short(values):

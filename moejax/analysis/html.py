@@ -26,6 +26,7 @@ body { margin: 0 auto; padding: 1.5rem; max-width: 72rem; background: var(--page
   color: var(--text); font: 16px/1.5 system-ui, sans-serif; }
 h1 { margin: 0; font-size: 1.7rem; overflow-wrap: anywhere; }
 h2 { margin: 2.2rem 0 .6rem; font-size: 1.2rem; }
+h3 { margin: 1.4rem 0 .4rem; font-size: 1rem; }
 .dim, figcaption { color: var(--dim); }
 dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(14rem, 1fr)); gap: .6rem; }
 dl div { background: var(--card); border: 1px solid var(--line); border-radius: 6px;
@@ -54,24 +55,57 @@ class Picture:
     caption: str
 
 
-def render_page(history: History, pictures: Sequence[Picture], config_text: str | None) -> str:
-    """The whole page as text. Whatever comes from the run is escaped; nothing is loaded."""
-    name = _escape(history.run.get("name") or "Unnamed run")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Section:
+    """A part of the report under a heading of its own: figures (label to value), then pictures."""
+
+    title: str
+    figures: dict[str, str]
+    pictures: Sequence[Picture]
+
+
+def render_page(
+    history: History,
+    pictures: Sequence[Picture],
+    config_text: str | None,
+    sections: Sequence[Section] = (),
+) -> str:
+    """The page of a run. Whatever comes from the run is escaped; nothing is loaded."""
+    name = str(history.run.get("name") or "Unnamed run")
     parts = [
+        _key_figures(history),
+        _warnings(history),
+        *(_picture(picture, "h2") for picture in pictures),
+        *map(_section, sections),
+        _sample(history),
+        _details("Configuration", config_text),
+        _details("Versions", _version_text(history.run.get("versions"))),
+    ]
+    return _page(name, _subtitle(history), parts)
+
+
+def render_sections(title: str, sections: Sequence[Section]) -> str:
+    """A page of sections alone, such as traces without a run."""
+    return _page(title, "routing traces", [_section(section) for section in sections])
+
+
+def _page(title: str, subtitle: str, parts: Sequence[str]) -> str:
+    name = _escape(title)
+    frame = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{name} – moejax report</title><style>{_CSS}</style></head><body>",
         f"<h1>{name}</h1>",
-        f'<p class="dim">{_escape(_subtitle(history))}</p>',
-        _key_figures(history),
-        _warnings(history),
-        *map(_picture, pictures),
-        _sample(history),
-        _details("Configuration", config_text),
-        _details("Versions", _version_text(history.run.get("versions"))),
+        f'<p class="dim">{_escape(subtitle)}</p>',
+        *parts,
         "</body></html>\n",
     ]
-    return "\n".join(part for part in parts if part)
+    return "\n".join(part for part in frame if part)
+
+
+def _section(section: Section) -> str:
+    pictures = "\n".join(_picture(picture, "h3") for picture in section.pictures)
+    return f"<h2>{_escape(section.title)}</h2>{_figure_list(section.figures)}{pictures}"
 
 
 def key_figures(history: History) -> dict[str, str]:
@@ -120,9 +154,13 @@ def _subtitle(history: History) -> str:
 
 
 def _key_figures(history: History) -> str:
-    rows = key_figures(history).items()
+    return f"<h2>Key figures</h2>{_figure_list(key_figures(history))}"
+
+
+def _figure_list(figures: dict[str, str]) -> str:
+    rows = figures.items()
     cells = [f"<div><dt>{_escape(k)}</dt><dd>{_escape(v)}</dd></div>" for k, v in rows]
-    return f"<h2>Key figures</h2><dl>{''.join(cells)}</dl>"
+    return f"<dl>{''.join(cells)}</dl>"
 
 
 def _warnings(history: History) -> str:
@@ -133,11 +171,11 @@ def _warnings(history: History) -> str:
     return f'{heading}<ul class="warnings">{"".join(items)}</ul>'
 
 
-def _picture(picture: Picture) -> str:
+def _picture(picture: Picture, level: str) -> str:
     data = base64.b64encode(picture.path.read_bytes()).decode()
     title, caption = _escape(picture.title), _escape(picture.caption)
     return (
-        f'<h2>{title}</h2><figure><img alt="{title}" src="data:image/png;base64,{data}">'
+        f'<{level}>{title}</{level}><figure><img alt="{title}" src="data:image/png;base64,{data}">'
         f"<figcaption>{caption}</figcaption></figure>"
     )
 

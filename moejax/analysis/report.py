@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 from matplotlib.figure import Figure
 
-from moejax.analysis import figures, html, plots, router_plots
+from moejax.analysis import figures, html, plots, router_plots, trace_report
 from moejax.analysis.history import History, build_history
 from moejax.analysis.metrics_file import iter_metrics
 from moejax.errors import UserError
+
+_METRICS = "metrics.jsonl"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,30 +80,69 @@ def write_report(
 ) -> pathlib.Path:
     """Reads `run_dir/metrics.jsonl`, writes PNGs and `index.html` into `out`; returns the page.
 
-    `out` is `run_dir/report` unless given. The page is written last and in one move, so that a
-    reader never sees half of one. A run that is still going can be reported on.
+    `out` is `run_dir/report` unless given. A run that is still going can be reported on. Routing
+    traces in `run_dir/traces` get sections of their own.
 
     Raises:
-        UserError: no such run, no training record in it, or `out` cannot be written.
+        UserError: no such run, no training record in it, a damaged trace, or `out` cannot be
+          written.
     """
     run_dir = pathlib.Path(run_dir)
-    history = _read(run_dir)
     out = run_dir / "report" if out is None else pathlib.Path(out)
+    traces = trace_report.trace_files(run_dir)
+    if traces and not (run_dir / _METRICS).exists():  # a model that was imported, not trained
+        return write_trace_report(traces, out)
+    history = _read(run_dir)
+    with _writing(out):
+        pictures = [_draw(history, plan, out) for plan in _plans(history)]
+        sections = trace_report.trace_sections(traces, out)
+        page = html.render_page(history, pictures, _config_text(run_dir), sections)
+        return _write(page, out)
+
+
+def write_trace_report(
+    paths: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    paired: bool = False,
+) -> pathlib.Path:
+    """The report of one or more routing traces, the first compared with each other one.
+
+    `out` is, unless given, a folder beside the first trace, named after it. `paired` says that
+    document n of every trace is the same sentence.
+
+    Raises:
+        UserError: a file is no trace or damaged, the traces do not compare, or `out` cannot be
+          written.
+    """
+    files = [pathlib.Path(path) for path in paths]
+    out = files[0].with_suffix("") if out is None else pathlib.Path(out)
+    with _writing(out):
+        sections = trace_report.trace_sections(files, out, paired=paired)
+        title = " and ".join(file.stem for file in files)
+        return _write(html.render_sections(title, sections), out)
+
+
+@contextlib.contextmanager
+def _writing(out: pathlib.Path) -> Iterator[None]:
     try:
         out.mkdir(parents=True, exist_ok=True)
-        pictures = [_draw(history, plan, out) for plan in _plans(history)]
-        page = html.render_page(history, pictures, _config_text(run_dir))
-        partial = out / "index.html.partial"
-        partial.write_text(page, encoding="utf-8")
-        return partial.replace(out / "index.html")
+        yield
     except OSError as error:
         raise UserError(
             f"cannot write the report to {out}: {error.strerror}; name another folder with --out."
         ) from error
 
 
+def _write(page: str, out: pathlib.Path) -> pathlib.Path:
+    """Last and in one move, so that a reader never sees half of a page."""
+    partial = out / "index.html.partial"
+    partial.write_text(page, encoding="utf-8")
+    return partial.replace(out / "index.html")
+
+
 def _read(run_dir: pathlib.Path) -> History:
-    metrics = run_dir / "metrics.jsonl"
+    metrics = run_dir / _METRICS
     if not run_dir.is_dir():
         raise UserError(f"there is no run directory {run_dir}; give the workdir of a training run.")
     if not metrics.is_file():

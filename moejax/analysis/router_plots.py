@@ -18,7 +18,7 @@ MOST_LAYERS = 12  # panels of the heatmap
 _WORST_LAYERS = 4  # of these panels, where there are more layers
 _MOST_COLUMNS = 300  # of one panel; more records are averaged in bins
 _DEAD = 0.01  # of the even share, as in `health.RouterHealth`
-_TICKS = {0.25: "≤ ¼", 0.5: "½", 1.0: "1", 2.0: "2", 4.0: "≥ 4"}
+LOAD_TICKS = {0.25: "≤ ¼", 0.5: "½", 1.0: "1", 2.0: "2", 4.0: "≥ 4"}
 
 
 def plot_expert_load(history: History) -> Figure:
@@ -42,7 +42,7 @@ def plot_expert_load(history: History) -> Figure:
         if position % num_columns == 0:
             axes.set_ylabel("expert")
     bar = figure.colorbar(mesh, ax=grid, extend="min", aspect=30, shrink=min(1.0, 2.4 / num_rows))
-    bar.set_ticks(list(_TICKS), labels=list(_TICKS.values()))
+    bar.set_ticks(list(LOAD_TICKS), labels=list(LOAD_TICKS.values()))
     bar.ax.minorticks_off()
     bar.set_label("load / even share")
     figure.suptitle(_load_title(len(rows), history), x=0.01, ha="left", fontsize=11.5)
@@ -90,24 +90,26 @@ def shown_layers(load: NDArray) -> list[int]:
 def _draw_load(axes: Axes, steps: NDArray, load: NDArray):
     """`load` is [N, E]; clipped to [1/4, 4] even shares, dead experts below the scale: black."""
     ratio = routing.relative_load(load).T  # [E, N]
-    colour = np.where(ratio <= _DEAD, 1e-3, np.clip(ratio, 0.25, 4.0))
     axes.grid(False)
     axes.set_facecolor("#bdbdbd")  # records without a load
     axes.yaxis.set_major_locator(figures.whole_ticks(5))
     edges = np.arange(len(ratio) + 1) - 0.5
-    mesh = axes.pcolormesh(
-        _edges(steps), edges, colour, cmap=_load_colormap(), norm=LogNorm(0.25, 4.0)
-    )
+    mesh = axes.pcolormesh(_edges(steps), edges, load_colours(ratio), **load_scale())
     mesh.set_rasterized(True)
     return mesh
 
 
-def _load_colormap():
+def load_colours(ratio: NDArray) -> NDArray:
+    """What to draw for loads over the even share: within [1/4, 4], and dead ones below it."""
+    return np.where(ratio <= _DEAD, 1e-3, np.clip(ratio, 0.25, 4.0))
+
+
+def load_scale() -> dict[str, object]:
     """Blue (starved) over white (even) to red; the ends are cut so that black stays apart."""
     colours = matplotlib.colormaps["RdBu_r"](np.linspace(0.1, 0.9, 256))
-    return LinearSegmentedColormap.from_list("load", colours).with_extremes(
-        under="black", bad="#bdbdbd"
-    )
+    colormap = LinearSegmentedColormap.from_list("load", colours)
+    colormap = colormap.with_extremes(under="black", bad="#bdbdbd")
+    return {"cmap": colormap, "norm": LogNorm(0.25, 4.0)}
 
 
 def _edges(steps: NDArray) -> NDArray:

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from moejax.analysis.entropy import entropy
+
 PerLayer = NDArray | np.floating  # `[...]`: numpy's scalar where `load` is one row `[E]`
 
 
@@ -118,7 +120,4 @@ def load_percentiles(load: ArrayLike, percentiles: Sequence[float]) -> NDArray:
 
 
 def _entropy_nats(load: ArrayLike) -> PerLayer:
-    load = np.asarray(load, np.float64)
-    p = relative_load(load) / load.shape[-1]
-    terms = np.where(p == 0, 0.0, p * np.log(np.where(p > 0, p, 1.0)))
-    return -terms.sum(-1)
+    return entropy(relative_load(load) / np.shape(load)[-1])

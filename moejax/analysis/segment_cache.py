@@ -10,6 +10,8 @@ fewer than C experts have been seen.
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -29,19 +31,20 @@ def segment_cache_hit_rate(
     """
     if capacity < 1 or window < 1:
         raise ValueError(f"capacity={capacity} and window={window} must be at least 1")
-    tokens = [[int(e) for e in row if 0 <= e < num_experts] for row in np.asarray(experts)]
+    tokens = [[e for e in row if 0 <= e < num_experts] for row in np.asarray(experts).tolist()]
     num_choices = sum(map(len, tokens))
     if not num_choices:
         raise ValueError("no expert was chosen")
-    wanted = np.zeros(num_experts, np.int64)  # in the look-ahead
-    for token in tokens[: window - 1]:
-        np.add.at(wanted, token, 1)
+    wanted = [0] * num_experts  # in the look-ahead; a list, which is quicker than an array here
+    for expert in itertools.chain.from_iterable(tokens[: window - 1]):
+        wanted[expert] += 1
     used: dict[int, int] = {}  # cached expert: when it was last used
     seen: set[int] = set()
     hits = clock = 0
     for step, token in enumerate(tokens):
         if step + window - 1 < len(tokens):
-            np.add.at(wanted, tokens[step + window - 1], 1)
+            for expert in tokens[step + window - 1]:
+                wanted[expert] += 1
         cached = set(used)
         for expert in token:
             is_free = expert not in seen and len(seen) < capacity

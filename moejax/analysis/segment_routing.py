@@ -37,15 +37,16 @@ def window_histogram(experts: ArrayLike, *, num_experts: int, window: int) -> ND
       `[E, m + 1]`; zeros where the sequence is shorter than a window. Add them over sequences.
     """
     experts = np.asarray(experts)
-    counts = np.zeros((num_experts, window + 1), np.int64)
     if len(experts) < window:
-        return counts
-    active = (experts[:, :, None] == np.arange(num_experts)).any(axis=1)  # [S, E]
-    before = np.concatenate([np.zeros((1, num_experts), np.int64), active.cumsum(axis=0)])
+        return np.zeros((num_experts, window + 1), np.int64)
+    chosen = (experts >= 0) & (experts < num_experts)
+    before = np.zeros((len(experts) + 1, num_experts), np.int64)  # choices before token s
+    before[np.nonzero(chosen)[0] + 1, experts[chosen]] = 1
+    before = before.cumsum(axis=0)
     within = before[window:] - before[:-window]  # [windows, E]
-    for expert in range(num_experts):
-        counts[expert] = np.bincount(within[:, expert], minlength=window + 1)
-    return counts
+    cells = within + np.arange(num_experts) * (window + 1)  # one bincount for all experts
+    counts = np.bincount(cells.reshape(-1), minlength=num_experts * (window + 1))
+    return counts.reshape(num_experts, window + 1)
 
 
 def segment_routing(histograms: ArrayLike) -> SegmentRouting:
