@@ -9,9 +9,6 @@ import pytest
 from moejax.commands import main
 from moejax.data.subword import HFTokenizer
 from moejax.interop import hf
-from tests.commands import test_import_export
-
-published = test_import_export.published  # the fixture
 
 
 @pytest.fixture(autouse=True)
