@@ -68,10 +68,14 @@ def open_model(
       UserError: the folder holds none of these, no tokenizer, or is damaged.
     """
     folder = pathlib.Path(folder)
+    if folder.is_file():
+        raise UserError(f"{folder} is a file: name the folder of a run, an import or a checkpoint")
     published = folder.is_dir() and hf.is_checkpoint(folder)
     config = hf.model_config(folder) if published else load_config(folder, trusted=trusted)
     if fdl.get_callable(config) is Experiment:
         return _run(build_config(config), folder, step, mesh)
+    if fdl.get_callable(config) is not Transformer:
+        raise UserError(f"{folder} holds no model: name a run, an import or a checkpoint")
     if step is not None:
         raise UserError(f"{folder} is no run and has no step {step}: leave out --step")
     model = build_config(config)

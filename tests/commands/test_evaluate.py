@@ -96,4 +96,6 @@ def test_mistakes(imported, published, tmp_path, capsys):
     assert "--length 0 must be at least 1" in text
     text = error_of(capsys, "sample", imported, "--mesh", "expret=2", "--prompt", "a")
     assert "'expret=2' is not AXIS=N" in text
+    text = error_of(capsys, "evaluate", "configs/tiny.py", "--text", "README.md")
+    assert "configs/tiny.py is a file: name the folder" in text
     assert "no prompts are given" in error_of(capsys, "sample", imported)

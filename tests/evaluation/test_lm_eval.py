@@ -15,8 +15,10 @@ from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 from moejax.commands import main  # noqa: E402
+from moejax.data.subword import HFTokenizer  # noqa: E402
 from moejax.errors import UserError  # noqa: E402
 from moejax.evaluation.lm_eval_adapter import MoejaxLM  # noqa: E402
+from moejax.evaluation.reading import Reading  # noqa: E402
 from tests.commands.published import publish  # noqa: E402
 
 TEMPLATE = (
@@ -109,6 +111,34 @@ def test_what_cannot_be_done_is_refused(ours, folder):
         ours.generate_until(request)
     with pytest.raises(UserError, match="model_args expret is unknown"):
         MoejaxLM(str(folder), expret=2)
+
+
+def test_a_beginning_token_is_where_the_harness_has_it(theirs, folder, tmp_path, monkeypatch):
+    """A tokenizer that puts a token of its own in front of every text, as Llama's does."""
+    model = json.loads((folder / "tokenizer.json").read_text())
+    begin = {"id": "<|end|>", "type_id": 0}
+    model["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": begin}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<|end|>": {"id": "<|end|>", "ids": [299], "tokens": ["<|end|>"]}},
+    }
+    config = {"eos_token": "<|end|>", "bos_token": "<|end|>"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(model))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    mine = HFTokenizer(path=str(tmp_path)).prepare(None, "")
+    other = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(tmp_path / "tokenizer.json"), **config
+    )
+    monkeypatch.setattr(theirs, "tokenizer", other)
+    assert (mine.beginning().tolist(), mine.bos_id) == ([299], theirs.prefix_token_id)
+    reading = Reading(tokenizer=mine, beginning=(299,), start=mine.bos_id)
+    for context, continuation in PAIRS:
+        if context:
+            found = reading.pair(context, continuation)
+            expected = theirs._encode_pair(context, continuation)
+            assert (found.context.tolist(), found.target.tolist()) == expected
+            assert expected[0][0] == 299
 
 
 def test_chat_templates(ours, theirs):

@@ -5,10 +5,10 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import models, pre_tokenizers
+from tokenizers import models, pre_tokenizers, processors
 
-from moejax.data.subword import Subwords
-from moejax.data.tokenizer import Bytes
+from moejax.data.subword import HFTokenizer, Subwords
+from moejax.data.tokenizer import Bytes, load
 from moejax.errors import UserError
 from moejax.evaluation.reading import Reading
 
@@ -74,6 +74,26 @@ def test_the_beginning_is_in_front_of_every_context_once():
     tokenizer = words(special=["<bos>"])
     bos = tokenizer.special_ids()["<bos>"]
     assert reading(tokenizer, beginning=(bos,)).encode("<bos>ab").tolist()[:2] == [bos, 0]
+
+
+def test_what_a_published_tokenizer_puts_in_front_is_known(tmp_path):
+    backend = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate("ab")}, merges=[]))
+    backend.add_special_tokens(["<s>", "</s>"])
+    files = {"bos_token": "<s>", "eos_token": {"content": "</s>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(files))
+    config, seen = HFTokenizer(path=str(tmp_path)), []
+    for single in ("$A", "<s> $A"):
+        backend.post_processor = processors.TemplateProcessing(
+            single=single, special_tokens=[("<s>", 2)]
+        )
+        backend.save(str(tmp_path / "tokenizer.json"))
+        tokenizer = config.prepare(None, "")
+        for one in (tokenizer, load(tokenizer.save(tmp_path / "saved"))):
+            assert (one.bos_id, one.eos_id) == (2, 3)
+            seen.append(one.beginning().tolist())
+            assert one.encode("ab").tolist() == [0, 1]
+    assert seen == [[], [], [2], [2]]
+    assert Bytes().beginning().tolist() == []
 
 
 def test_a_special_token_that_a_template_wrote_is_one():
