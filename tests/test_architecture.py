@@ -45,7 +45,8 @@ MAY_IMPORT = {
     "experiment": EXPERIMENT,
     "train": TRAIN,
     "verification": TRAIN | {"train"},
-    "commands": TRAIN | {"train", "verification", "config"},
+    "evaluation": TRAIN | {"train", "config"},
+    "commands": TRAIN | {"train", "verification", "evaluation", "config"},
     "__main__": {"commands"},
     "__init__": set(),
 }

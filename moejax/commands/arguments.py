@@ -11,7 +11,8 @@ from moejax.errors import UserError
 if TYPE_CHECKING:
     import fiddle as fdl
 
-    from moejax.train.restore import LoadedRun
+    from moejax.evaluation.open_model import Opened
+    from moejax.parallel.mesh import Mesh
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
@@ -63,28 +64,48 @@ def config_from(args: argparse.Namespace) -> fdl.Config:
     return check_config(apply_overrides(config, args.overrides))
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds RUN, `--step` and `--trust-config`; read them with `load_run`."""
-    parser.add_argument("run", metavar="RUN", help="workdir of a training run")
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds MODEL, `--step`, `--mesh` and `--trust-config`; read them with `opened`."""
     parser.add_argument(
-        "--step", type=int, metavar="N", help="use this checkpoint, not the newest valid one"
+        "model",
+        metavar="MODEL",
+        help="workdir of a training run, a folder that `moejax import-hf` wrote, or a Hugging Face "
+        "checkpoint",
+    )
+    parser.add_argument(
+        "--step", type=int, metavar="N", help="of a run: this checkpoint, not the newest valid one"
+    )
+    parser.add_argument(
+        "--mesh",
+        metavar="AXIS=N,...",
+        help="split the model over devices, for example fsdp=8 (default: one device)",
     )
     parser.add_argument("--trust-config", action="store_true", help="see `moejax train --help`")
 
 
-def load_run(args: argparse.Namespace) -> LoadedRun:
-    """The experiment and the trained variables of the run that the arguments name.
+def opened(args: argparse.Namespace) -> Opened:
+    """The model that the arguments name, with its variables.
 
     Raises:
-      UserError: no such run, no usable checkpoint, or a config that is not trusted.
+      UserError: no such model, no usable checkpoint, no such mesh, or a config that is not trusted.
     """
-    from moejax.config.build import build_config
-    from moejax.config.load import load_config
-    from moejax.train.restore import load_variables
+    from moejax.evaluation.open_model import open_model
 
     use_compilation_cache()
-    experiment = build_config(load_config(args.run, trusted=args.trust_config))
-    return load_variables(experiment, args.run, step=args.step)
+    mesh = None if args.mesh is None else _mesh(args.mesh)
+    return open_model(args.model, step=args.step, mesh=mesh, trusted=args.trust_config)
+
+
+def _mesh(text: str) -> Mesh:
+    from moejax.parallel.mesh import AXES, Mesh
+
+    sizes = {}
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if axis not in AXES or not size.isdecimal():
+            raise UserError(f"--mesh {text}: {part!r} is not AXIS=N with one of {', '.join(AXES)}")
+        sizes[axis] = int(size)
+    return Mesh(**sizes)
 
 
 def use_compilation_cache() -> None:

@@ -1,4 +1,4 @@
-"""Continue prompts with a run's newest valid checkpoint."""
+"""Continue prompts with a run's newest valid checkpoint, or with a published model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ EXAMPLE = "moejax sample runs/tiny --prompt 'def main():' --temperature 0.5 --se
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    arguments.add_run_arguments(parser)
+    arguments.add_model_arguments(parser)
     parser.add_argument(
         "--prompt",
         action="append",
@@ -25,19 +25,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    loaded = arguments.load_run(args)
+    model = arguments.opened(args)
 
     from moejax.errors import UserError
+    from moejax.models.generate import Sampling
     from moejax.train.finish import continue_texts
 
     names = ("max_new_tokens", "temperature", "top_p")
     changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    sampling = dataclasses.replace(loaded.experiment.sampling, **changes)
-    prompts = args.prompt or loaded.experiment.prompts
+    given = model.experiment.sampling if model.experiment else Sampling()
+    prompts = args.prompt or (model.experiment.prompts if model.experiment else ())
     if not prompts:
-        raise UserError("the config has no prompts: give at least one --prompt TEXT")
+        raise UserError("no prompts are given: give at least one --prompt TEXT")
     texts = continue_texts(
-        loaded.model, loaded.variables, loaded.tokenizer, prompts, sampling, seed=args.seed
+        model.model,
+        model.variables,
+        model.tokenizer,
+        prompts,
+        dataclasses.replace(given, **changes),
+        seed=args.seed,
+        beginning=model.reading.first,
     )
     print("\n\n--------\n\n".join(texts))
     return 0

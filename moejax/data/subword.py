@@ -20,6 +20,7 @@ from moejax.data.dialogue import Dialogue
 from moejax.data.errors import DataError
 from moejax.data.fingerprint import fingerprint
 from moejax.data.source import Source, existing
+from moejax.data.token_pieces import byte_level_piece, sentencepiece_piece
 from moejax.data.tokenizer import Tokenizer, load
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,13 @@ class Subwords(Tokenizer):
     """
 
     def __init__(
-        self, model: dict, *, vocab_size: int, eos_id: int, chat: ChatTemplate | None = None
+        self,
+        model: dict,
+        *,
+        vocab_size: int,
+        eos_id: int,
+        chat: ChatTemplate | None = None,
+        bos_id: int | None = None,
     ):
         # Kept as it came, not as this version of the library would write it: the fingerprint
         # must not change with the library.
@@ -52,23 +59,36 @@ class Subwords(Tokenizer):
         self.vocab_size = vocab_size
         self.eos_id = eos_id
         self.chat = chat
+        self.bos_id = bos_id
 
     @classmethod
     def from_spec(cls, spec: dict) -> Subwords:
         chat = ChatTemplate.from_spec(spec["chat"]) if "chat" in spec else None
-        return cls(spec["model"], vocab_size=spec["vocab_size"], eos_id=spec["eos_id"], chat=chat)
+        return cls(
+            spec["model"],
+            vocab_size=spec["vocab_size"],
+            eos_id=spec["eos_id"],
+            chat=chat,
+            bos_id=spec.get("bos_id"),
+        )
 
     def spec(self) -> dict:
+        origin = {"chat": self.chat and self.chat.spec(), "bos_id": self.bos_id}
         return {
             "kind": "subwords",
             "vocab_size": self.vocab_size,
             "eos_id": self.eos_id,
             "model": self._model,
-        } | ({} if self.chat is None else {"chat": self.chat.spec()})
+        } | {name: value for name, value in origin.items() if value is not None}
 
     def special_ids(self) -> dict[str, int]:
         added = self._model.get("added_tokens") or []
         return {token["content"]: token["id"] for token in added if token.get("special")}
+
+    def beginning(self) -> np.ndarray:
+        found = self._backend.encode("a", add_special_tokens=True)
+        count = found.special_tokens_mask.index(0)
+        return np.array(found.ids[:count], dtype=np.int32)
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]
@@ -99,7 +119,7 @@ class Subwords(Tokenizer):
     def _bytes(self) -> dict[int, bytes]:
         """What each id stands for."""
         added = {t["id"]: t["content"].encode() for t in self._model["added_tokens"]}
-        piece = _byte_level_piece if self._byte_level else _sentencepiece_piece
+        piece = byte_level_piece if self._byte_level else sentencepiece_piece
         vocab = self._backend.get_vocab(with_added_tokens=False)
         return {**{i: piece(token) for token, i in vocab.items()}, **added}
 
@@ -203,10 +223,12 @@ class HFTokenizer:
             raise DataError(f"{str(file)!r} is not a Hugging Face tokenizer: {e}") from e
         vocab_size, eos_id = self._sizes(backend, file)
         chat = chat_template.read(file.parent)
-        return Subwords(model, vocab_size=vocab_size, eos_id=eos_id, chat=chat)
+        bos_token = _config_token(file.parent, "bos_token")
+        bos_id = None if bos_token is None else backend.token_to_id(bos_token)
+        return Subwords(model, vocab_size=vocab_size, eos_id=eos_id, chat=chat, bos_id=bos_id)
 
     def _sizes(self, backend: tokenizers.Tokenizer, file: pathlib.Path) -> tuple[int, int]:
-        eos_token = self.eos_token or _config_eos_token(file.parent)
+        eos_token = self.eos_token or _config_token(file.parent, "eos_token")
         eos_id = None if eos_token is None else backend.token_to_id(eos_token)
         if eos_id is None:
             raise DataError(
@@ -229,9 +251,9 @@ def _backend(model: dict) -> tokenizers.Tokenizer:
         raise ValueError(str(e)) from e
 
 
-def _config_eos_token(folder: pathlib.Path) -> str | None:
+def _config_token(folder: pathlib.Path, name: str) -> str | None:
     try:
-        token = json.loads((folder / "tokenizer_config.json").read_text()).get("eos_token")
+        token = json.loads((folder / "tokenizer_config.json").read_text()).get(name)
     except (OSError, ValueError, AttributeError):
         return None
     return token.get("content") if isinstance(token, dict) else token
@@ -263,25 +285,3 @@ def _sample(texts: Iterable[str]) -> list[str]:
             kept, stride = kept[::2], stride * 2
             size = sum(map(len, kept))
     return kept
-
-
-@functools.cache
-def _byte_of_char() -> dict[str, int]:
-    """The byte-level alphabet: printable Latin-1 stands for itself, the rest follows from 256."""
-    same = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    rest = [b for b in range(256) if b not in same]
-    return {**{chr(b): b for b in same}, **{chr(256 + i): b for i, b in enumerate(rest)}}
-
-
-def _byte_level_piece(token: str) -> bytes:
-    table = _byte_of_char()
-    if all(c in table for c in token):
-        return bytes(table[c] for c in token)
-    return token.encode()
-
-
-def _sentencepiece_piece(token: str) -> bytes:
-    """A piece with byte fallback "<0x0A>" and U+2581 for a blank (Llama 2, Mixtral)."""
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        return bytes([int(token[3:5], 16)])
-    return token.replace("\u2581", " ").encode()

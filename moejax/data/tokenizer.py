@@ -33,7 +33,9 @@ class Tokenizer(abc.ABC):
 
     vocab_size: int  # all ids are in [0, vocab_size)
     eos_id: int
-    chat: ChatTemplate | None = None  # how its model was told to lay a conversation out
+    # What the tokenizers of published models say beside how they encode; not in the fingerprint.
+    chat: ChatTemplate | None = None  # how a conversation is laid out
+    bos_id: int | None = None  # the token that begins a text
 
     @abc.abstractmethod
     def encode(self, text: str) -> np.ndarray:
@@ -62,10 +64,17 @@ class Tokenizer(abc.ABC):
         """{text: id} of the special tokens, which `encode` never gives."""
         return {}
 
+    def beginning(self) -> np.ndarray:
+        """int32 [n], often none: the ids that a published tokenizer puts in front of every text.
+
+        `encode` does not: documents begin as this file says.
+        """
+        return np.zeros(0, np.int32)
+
     @functools.cache  # noqa: B019 - a process holds one or two tokenizers
     def fingerprint(self) -> str:
-        """Equal exactly for tokenizers that encode alike, whatever their chat template."""
-        return fingerprint({k: v for k, v in self.spec().items() if k != "chat"})
+        """Equal exactly for tokenizers that encode alike."""
+        return fingerprint({k: v for k, v in self.spec().items() if k not in ("chat", "bos_id")})
 
     def save(self, path: str | os.PathLike) -> pathlib.Path:
         """Writes one JSON file and returns its path.

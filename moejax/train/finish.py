@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -45,8 +46,21 @@ def _continuations(experiment, model, data, variables) -> list[str]:
     )
 
 
-def continue_texts(model, variables, tokenizer, prompts, sampling, *, seed: int) -> list[str]:
-    """Each prompt followed by its continuation. A prompt starts a new document."""
-    ids = [np.concatenate([[tokenizer.eos_id], tokenizer.encode(text)]) for text in prompts]
+def continue_texts(
+    model,
+    variables,
+    tokenizer,
+    prompts,
+    sampling,
+    *,
+    seed: int,
+    beginning: Sequence[int] | None = None,
+) -> list[str]:
+    """Each prompt followed by its continuation. A prompt starts a new document.
+
+    `beginning` are the ids in front of it: the end token where None, as in training here.
+    """
+    first = [tokenizer.eos_id] if beginning is None else list(beginning)
+    ids = [np.concatenate([first, tokenizer.encode(text)]).astype(np.int32) for text in prompts]
     new = generate(model, variables, ids, sampling, seed=seed, stop_id=tokenizer.eos_id)
     return [text + tokenizer.decode(n) for text, n in zip(prompts, new, strict=True)]

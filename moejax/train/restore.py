@@ -102,17 +102,23 @@ class LoadedRun:
 
 
 def load_variables(
-    experiment: Experiment, workdir: str | pathlib.Path, *, step: int | None = None
+    experiment: Experiment,
+    workdir: str | pathlib.Path,
+    *,
+    step: int | None = None,
+    mesh: Mesh | None = None,
 ) -> LoadedRun:
     """Parameters and router state of a run's checkpoint; the optimiser's moments are not read.
 
-    They lie on one device, or in a run of several processes on the experiment's mesh.
+    They lie on `mesh`; by default on one device, or in a run of several processes on the
+    experiment's mesh.
     """
     workdir = pathlib.Path(workdir)
     tokenizer = load(workdir / TOKENIZER)
     model = experiment.build_model(tokenizer.vocab_size)
     shapes = {"router_state": {}} | jax.eval_shape(model.init, jax.random.key(0))
-    mesh = (Mesh(data=1) if processes.num_processes() == 1 else experiment.mesh).build()
+    alone = processes.num_processes() == 1
+    mesh = (mesh or (Mesh(data=1) if alone else experiment.mesh)).build()
     shardings = {"router_state": {}} | experiment.variable_shardings(model, mesh)
     wanted = named_leaves(with_sharding(shapes, shardings))
     known = frozen.stored(workdir)

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import io
+import json
 import os
 import shutil
 import signal
@@ -83,6 +84,26 @@ def test_train_then_evaluate_sample_and_report(finished, capsys):
 
     assert main(["report", str(workdir), "--out", str(workdir / "elsewhere")]) == 0
     assert (workdir / "elsewhere" / "index.html").exists()
+
+
+@pytest.mark.slow
+def test_a_run_is_scored_on_text_behind_its_end_token(finished, tmp_path, capsys):
+    workdir, _ = finished
+    text = tmp_path / "a.txt"
+    text.write_text("def f():\n" * 20)
+
+    def figures(*words):
+        out = tmp_path / "out.json"
+        words = ["--text", text, "--batch-tokens", 64, "--json", out, *words]
+        assert main(["evaluate", *map(str, [workdir, *words])]) == 0
+        found = json.loads(out.read_text())
+        assert found["step"] == 3
+        return found["text"][str(text)]
+
+    found, sliding = figures(), figures("--stride", 8, "--mesh", "fsdp=2")
+    assert found["tokens"] == sliding["tokens"] == 180
+    assert found["bits per byte"] != sliding["bits per byte"]
+    assert f"{text}: 180 tokens" in capsys.readouterr().out
 
 
 @pytest.mark.slow
