@@ -19,8 +19,9 @@ import numpy as np
 import torch
 import transformers
 
+from tools.golden_models import model_configs
 from tools.golden_names import converted
-from tools.update_golden import GOLDEN, drawn_model, model_configs
+from tools.update_golden import GOLDEN, drawn_model
 
 NUM_ENTRIES = 8  # evenly spaced, the first and the last among them
 _OUTSIDE = {
@@ -28,6 +29,7 @@ _OUTSIDE = {
     "model.norm.weight": "final_norm/scale",
     "model.norm.bias": "final_norm/bias",
     "lm_head.weight": "head/kernel",
+    "lm_head.bias": "head/bias",
 }
 
 
