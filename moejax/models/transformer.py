@@ -12,12 +12,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Int
 
 from moejax.errors import UserError
-from moejax.kernels import compat
-from moejax.models import stack
+from moejax.models import stack, vocabulary
 from moejax.models.block import Block
 from moejax.models.moe import MoE
 from moejax.models.output import Output, Variables
-from moejax.parallel.sharding import constrain
 from moejax.types import Context, Stats, at_least_f32
 
 _DTYPES = ("float32", "bfloat16", "float64")
@@ -28,7 +26,8 @@ class Transformer:
     """A decoder-only transformer with dense or MoE layers.
 
     Attributes:
-      num_layers: L. d_model: width D.
+      num_layers: L.
+      d_model: width D.
       block: prototype of a layer; its `ffn` is an `MoE` or a dense MLP.
       dense_ffn: the feed-forward of dense layers, where the pattern below has any.
       first_k_dense: the first so many layers are dense (DeepSeek).
@@ -38,9 +37,11 @@ class Transformer:
       boundaries: layers at which a new run of stacked layers begins, beside those that the pattern
         asks for. Changes how parameters are stacked, and speed, not the result.
       max_length: longest sequence the model accepts, None for no limit.
-      tied_head: the head is the transposed embedding. head_bias: a trained bias on the logits.
+      tied_head: the head is the transposed embedding.
+      head_bias: a trained bias on the logits.
       embed_init, head_init: initialisers of the embedding `[V, D]` and the head `[D, V]`.
-      embed_scale: multiplies the embeddings. logit_soft_cap: c in c * tanh(logits / c), or None.
+      embed_scale: multiplies the embeddings (Gemma: sqrt(D)).
+      logit_soft_cap: c in c * tanh(logits / c), or None.
       dtype: of activations and matmuls. param_dtype: of stored parameters. Router, softmax,
         norms, logits and router state are at least float32 whatever these say.
       remat: a name in `stack.REMAT_POLICIES`. unroll: layers per scan iteration (speed only).
@@ -217,8 +218,7 @@ class Transformer:
         decode = cache_length is not None
         context = context.replace(decode=decode, cache_length=cache_length, record=record)
         params = variables["params"]
-        embedding = constrain(params["embed"]["embedding"].astype(self.dtype), "vocab", "whole")
-        x = embedding.at[tokens].get(mode="fill", fill_value=jnp.nan) * self.embed_scale
+        x = vocabulary.embedded(params, tokens, dtype=self.dtype) * self.embed_scale
         per_layer = {"loads": loads, "selection": selection, "intervention": intervention}
         per_layer = {field: values or {} for field, values in per_layer.items()}
         x, terms, stats, cache = stack.apply(
@@ -231,20 +231,8 @@ class Transformer:
             unroll=self.unroll,
         )
         x = self.block.norm.apply({"params": params["final_norm"]}, x)
-        return Output(logits=self._logits(params, x), terms=terms, stats=stats, cache=cache)
-
-    def _logits(self, params: Variables, x: Array) -> Array:
-        head = params["embed"]["embedding"].T if self.tied_head else params["head"]["kernel"]
-        dtype = at_least_f32(x.dtype)
-        # Both gradients before anything else: the logits' is large and is not kept for later.
-        x, head = jax.lax.optimization_barrier((x, head.astype(x.dtype)))
-        logits = compat.matmul(x, head, preferred_element_type=dtype)
-        if self.head_bias:
-            logits = logits + params["head"]["bias"].astype(dtype)
-        logits = constrain(logits, "batch", "sequence", "vocab")
-        if self.logit_soft_cap is not None:
-            logits = self.logit_soft_cap * jnp.tanh(logits / self.logit_soft_cap)
-        return logits
+        logits = vocabulary.logits(params, x, tied=self.tied_head, soft_cap=self.logit_soft_cap)
+        return Output(logits=logits, terms=terms, stats=stats, cache=cache)
 
     def _context(
         self,

@@ -93,6 +93,10 @@ def test_tuning_trains_the_routers_of_the_last_five_layers(spec):
     layers = {path.split("/")[0] for path in leaves}
     last = [s.indices(i) for s in model.segments for i, n in enumerate(s.names) if n in layers]
     assert sorted(sum(last, [])) == list(range(model.num_layers - 5, model.num_layers))
+    # The paper of RoMA (arXiv 2511.07419) gives this share for OLMoE.
+    share = {"configs/olmoe_1b_7b.py": "0.0095", "configs/qwen3_30b_a3b.py": "0.0043"}
+    total = sum(leaf.size for leaf in named_leaves(shapes).values())
+    assert f"{100 * 5 * router / total:.4f}" == share.get(spec, f"{100 * 5 * router / total:.4f}")
     # The same function of the weights as the model that was imported.
     assert differences(model, shipped(spec)[1]) == []
     assert model.param_dtype == "float32"  # small updates of a bfloat16 router would be rounded off
