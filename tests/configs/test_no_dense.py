@@ -136,9 +136,10 @@ def test_step_is_never_dense(spec, platform):
 )
 def test_step_on_tpu_kernels_is_never_dense(spec):
     """What a user gets who accepted them."""
-    choice = {"float32": dict.fromkeys(Choice._fields, "tpu")}
-    accepted.store("TPU v5", {"grouped_matmul": choice}, {})
     config = load_config(spec)
+    dtype = build_config(config).model.dtype  # kernels are accepted for a dtype of operands
+    choice = {dtype: dict.fromkeys(Choice._fields, "tpu")}
+    accepted.store("TPU v5", {"grouped_matmul": choice}, {})
     program = lowered_step(config, "tpu")
     assert "tpu_custom_call" in program
     assert "ragged_dot" not in program
