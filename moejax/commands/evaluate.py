@@ -99,11 +99,8 @@ def _held_out(model: Opened) -> dict[str, float]:
     import jax
 
     from moejax.train.evaluate import Evaluator
-    from moejax.train.loop import prepare_data
 
-    if model.experiment is None:
-        raise UserError("only a run has held-out data of its own: give --text or --multiple-choice")
-    data = prepare_data(model.experiment)
+    data = model.data()
     with jax.set_mesh(model.mesh):
         evaluator = Evaluator(model.model, model.experiment.objective, data, model.mesh)
         values = evaluator.run(model.variables)

@@ -1,8 +1,7 @@
 """Record which experts a model chooses for every token of some text.
 
-Without --text, of the held-out rows of a run. CONFIG is a run's folder (its newest valid
-checkpoint), a config with init_from=FOLDER, a folder that `moejax import-hf` wrote, or a Hugging
-Face checkpoint. `moejax report` draws what was recorded; docs/analysis.md says what it means.
+Without --text, of the held-out rows of a run. `moejax report` draws what was recorded;
+docs/analysis.md says what it means.
 """
 
 from __future__ import annotations
@@ -16,14 +15,16 @@ from moejax.commands import arguments
 
 if TYPE_CHECKING:
     from moejax.analysis.trace import TraceInfo
-    from moejax.commands.traced_model import TracedModel
+    from moejax.data.pipeline import Data
+    from moejax.evaluation.open_model import Opened
     from moejax.train.text_rows import TextRows
 
+_BATCH_SIZE = 4  # of a model that is no run
 EXAMPLE = "moejax trace runs/tiny --text moejax/*.py --output runs/tiny/traces/python.npz"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    arguments.add_config_arguments(parser)
+    arguments.add_model_arguments(parser)
     parser.add_argument(
         "--text", metavar="FILE", nargs="+", type=pathlib.Path, help="UTF-8 files, a document each"
     )
@@ -44,9 +45,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--sequence-length", type=int, metavar="S", help="of --text: tokens the model sees at once"
-    )
-    parser.add_argument(
-        "--step", type=int, metavar="N", help="use this checkpoint, not the newest valid one"
     )
 
 
@@ -82,13 +80,15 @@ def _trace(args: argparse.Namespace) -> int:
     import jax
 
     from moejax.analysis.trace_names import HELD_OUT, SUFFIX, TRACES
-    from moejax.commands import traced_model
+    from moejax.errors import UserError
     from moejax.train.routing_trace import record
 
-    found = traced_model.load(args)
+    found = arguments.opened(args)
+    if found.model.moe is None:
+        raise UserError(f"the model of {args.model} has no MoE layer, so there is no routing")
     rows = _rows(args, found)
     name = args.text[0].stem if args.text else HELD_OUT
-    output = args.output or found.folder / TRACES / f"{name}{SUFFIX}"
+    output = args.output or pathlib.Path(args.model) / TRACES / f"{name}{SUFFIX}"
     info = _info(args, found)
     with jax.set_mesh(found.mesh):
         written = record(
@@ -108,8 +108,7 @@ def _trace(args: argparse.Namespace) -> int:
     return 0
 
 
-def _rows(args: argparse.Namespace, found: TracedModel) -> Iterator[TextRows]:
-    from moejax.errors import UserError
+def _rows(args: argparse.Namespace, found: Opened) -> Iterator[TextRows]:
     from moejax.train.routing_trace import held_out_rows
     from moejax.train.text_rows import read_files, read_lines, rows_of_texts
 
@@ -117,17 +116,17 @@ def _rows(args: argparse.Namespace, found: TracedModel) -> Iterator[TextRows]:
         texts = (read_lines if args.lines else read_files)(args.text)
         return rows_of_texts(
             texts,
-            found.tokenizer,
-            batch_size=found.batch_size,
-            sequence_length=found.sequence_length,
+            found.reading.tokenizer,
+            beginning=found.reading.beginning,
+            batch_size=found.experiment.batch_size if found.experiment else _BATCH_SIZE,
+            sequence_length=args.sequence_length or found.length,
         )
-    if found.data is None:
-        raise UserError(f"{found.folder} is a model without data: name text files with --text")
-    return held_out_rows(found.data)
+    return held_out_rows(found.data())
 
 
-def _info(args: argparse.Namespace, found: TracedModel) -> TraceInfo:
+def _info(args: argparse.Namespace, found: Opened) -> TraceInfo:
     from moejax.analysis.trace import TraceInfo
+    from moejax.config.text import config_text
     from moejax.data.fingerprint import fingerprint
     from moejax.train.fingerprint import fingerprints
     from moejax.train.manifest import versions
@@ -138,15 +137,21 @@ def _info(args: argparse.Namespace, found: TracedModel) -> TraceInfo:
         num_experts=found.model.moe.num_experts,
         k=choices_per_token(found.model),
         layers=tuple(found.model.moe_layers),
-        sequence_length=found.sequence_length,
+        sequence_length=args.sequence_length or found.length,
         tokenizer=found.tokenizer.fingerprint(),
-        sources=tuple(map(str, args.text)) if args.text else found.sources,
+        sources=tuple(map(str, args.text or _source_names(found.experiment.data))),
         documents="texts" if args.text else "pieces",
         weights={
-            "folder": str(found.folder),
-            "step": found.step,
+            "folder": str(args.model),
+            "step": found.step or 0,
             "fingerprint": fingerprint(sorted(weights.items())),
         },
-        config=found.config,
+        config=config_text(found.config),
         versions=versions(),
     )
+
+
+def _source_names(data: Data) -> list[str]:
+    """In the order in which batches number them."""
+    sources = getattr(data.train, "sources", (data.train,))
+    return [str(getattr(source, "path", type(source).__name__)) for source in sources]

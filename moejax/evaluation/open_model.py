@@ -10,6 +10,7 @@ import jax
 
 from moejax.config.build import build_config
 from moejax.config.load import load_config
+from moejax.data.pipeline import Loaders
 from moejax.data.subword import HFTokenizer
 from moejax.data.tokenizer import Tokenizer, load
 from moejax.errors import UserError
@@ -21,6 +22,7 @@ from moejax.models.transformer import Transformer
 from moejax.parallel.mesh import Mesh
 from moejax.parallel.sharding import parameter_shardings
 from moejax.train.init_from import read_weights
+from moejax.train.loop import prepare_data
 from moejax.train.restore import TOKENIZER, load_variables
 
 LONGEST = 4096  # inputs at a time, of a published model that accepts more
@@ -36,6 +38,7 @@ class Opened:
       reading: how text becomes tokens for it.
       length: inputs at a time: the run's sequence length, or the most that the published model
         accepts, but no more than `LONGEST`.
+      config: the model's.
       experiment, step: of a run; None for the others.
     """
 
@@ -45,8 +48,25 @@ class Opened:
     tokenizer: Tokenizer
     reading: Reading
     length: int
+    config: fdl.Config
     experiment: Experiment | None = None
     step: int | None = None
+
+    def data(self) -> Loaders:
+        """The data of the run.
+
+        Raises UserError where there is no run, or its data now give another tokenizer, as the
+        standard library of another Python would: the same ids would stand for other text.
+        """
+        if self.experiment is None:
+            raise UserError("only a run has data of its own: name text files with --text")
+        data = prepare_data(self.experiment)
+        if data.tokenizer.fingerprint() != self.tokenizer.fingerprint():
+            raise UserError(
+                "the run's data now give another tokenizer than the one it was trained with: "
+                "restore the data, or name text files with --text"
+            )
+        return data
 
 
 def open_model(
@@ -73,7 +93,7 @@ def open_model(
     published = folder.is_dir() and hf.is_checkpoint(folder)
     config = hf.model_config(folder) if published else load_config(folder, trusted=trusted)
     if fdl.get_callable(config) is Experiment:
-        return _run(build_config(config), folder, step, mesh)
+        return _run(config, folder, step, mesh)
     if fdl.get_callable(config) is not Transformer:
         raise UserError(f"{folder} holds no model: name a run, an import or a checkpoint")
     if step is not None:
@@ -94,12 +114,12 @@ def open_model(
             start=eos if tokenizer.bos_id is None else tokenizer.bos_id,
         ),
         length=min(model.max_length or LONGEST, LONGEST),
+        config=config,
     )
 
 
-def _run(
-    experiment: Experiment, folder: pathlib.Path, step: int | None, mesh: Mesh | None
-) -> Opened:
+def _run(config: fdl.Config, folder: pathlib.Path, step: int | None, mesh: Mesh | None) -> Opened:
+    experiment = build_config(config)
     loaded = load_variables(experiment, folder, step=step, mesh=mesh)
     eos = loaded.tokenizer.eos_id
     return Opened(
@@ -109,6 +129,7 @@ def _run(
         tokenizer=loaded.tokenizer,
         reading=Reading(tokenizer=loaded.tokenizer, beginning=(eos,), start=eos),
         length=experiment.sequence_length,
+        config=config.model,
         experiment=experiment,
         step=loaded.step,
     )

@@ -1,8 +1,7 @@
-"""Texts as rows for a trained model, each with what a document begins with in training.
+"""Texts as rows for a trained model, each behind what a document begins with.
 
-A document's inputs are the end token and the tokens of its text, as in `data/documents.py`. It is
-cut every S tokens; pieces follow each other in rows, in order, and a piece that does not fit any
-more begins the next row. Nothing is shuffled and nothing is cached.
+A document is cut every S tokens; pieces follow each other in rows, in order, and a piece that does
+not fit any more begins the next row. Nothing is shuffled and nothing is cached.
 """
 
 from __future__ import annotations
@@ -68,12 +67,21 @@ def _read(path: pathlib.Path) -> str:
 
 
 def rows_of_texts(
-    texts: Iterable[Text], tokenizer: Tokenizer, *, batch_size: int, sequence_length: int
+    texts: Iterable[Text],
+    tokenizer: Tokenizer,
+    *,
+    beginning: Sequence[int],
+    batch_size: int,
+    sequence_length: int,
 ) -> Iterator[TextRows]:
-    """Batches of B rows of S tokens; the last is filled with padding."""
+    """Batches of B rows of S tokens; the last is filled with padding.
+
+    `beginning` are the ids in front of every document: a run's end token, or what a published
+    model's tokenizer puts there.
+    """
     rows = _Rows(batch_size, sequence_length)
     for document, text in enumerate(texts):
-        ids = np.concatenate([[tokenizer.eos_id], tokenizer.encode(text.text)])
+        ids = np.concatenate([np.array(beginning, np.int32), tokenizer.encode(text.text)])
         for start in range(0, len(ids), sequence_length):
             piece = ids[start : start + sequence_length]
             if not rows.fits(len(piece)):

@@ -86,7 +86,7 @@ def test_an_import_and_its_source_give_the_same_figures(
 
 def test_mistakes(imported, published, tmp_path, capsys):
     capsys.readouterr()
-    assert "only a run has held-out data" in error_of(capsys, "evaluate", imported)
+    assert "only a run has data of its own" in error_of(capsys, "evaluate", imported)
     assert "no run and has no step 3" in error_of(capsys, "evaluate", published, "--step", 3)
     text = error_of(capsys, "evaluate", imported, "--text", tmp_path / "nowhere")
     assert "cannot read" in text

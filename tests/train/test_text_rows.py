@@ -13,7 +13,7 @@ EOS = Bytes().eos_id
 def rows_of(*texts, batch_size=2, sequence_length=8):
     given = [Text(text=text, source=n % 2) for n, text in enumerate(texts)]
     shape = {"batch_size": batch_size, "sequence_length": sequence_length}
-    return list(rows_of_texts(given, Bytes(), **shape))
+    return list(rows_of_texts(given, Bytes(), beginning=(EOS,), **shape))
 
 
 def documents_in(batches):
