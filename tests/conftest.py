@@ -1,6 +1,7 @@
 """Every test sees eight simulated CPU devices, a compilation cache, and checked annotations."""
 
 import importlib.metadata
+import logging
 import os
 import pathlib
 
@@ -13,12 +14,13 @@ os.environ["MOEJAX_KERNELS"] = os.devnull + "/none"  # not what this machine's u
 # a third of that with the emitters of loops that need no MLIR. jaxlib 0.11 has these no longer, and
 # ends the process at a flag that it does not know.
 _FLAGS = ["--xla_backend_optimization_level=0"]
-# Without optimisations, jaxlib 0.12 runs collectives of one device at once in an order of its own,
-# and on a busy machine it pairs one device's with another of its neighbour's: wrong rows, or a
-# process that waits until XLA ends it. Not with this scheduler.
-_FLAGS.append("--xla_cpu_enable_concurrency_optimized_scheduler=false")
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+else:
+    # Without optimisations, jaxlib 0.12 runs collectives of one device at once in an order of its
+    # own, and on a busy machine it pairs one device's with another of its neighbour's: wrong rows,
+    # or a process that waits until XLA ends it. Not with the plain scheduler.
+    _FLAGS.append("--xla_cpu_enable_concurrency_optimized_scheduler=false")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS]).strip()
 
 import jax  # noqa: E402  (after the environment is set)
@@ -41,6 +43,15 @@ jaxtyping.install_import_hook(
     "moejax",
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True, is_random=False))",
 )
+
+
+@pytest.fixture(autouse=True)
+def own_log():
+    """What a command sets up for its log, with the standard error of that test, ends with it."""
+    root = logging.getLogger()
+    handlers = root.handlers[:]
+    yield
+    root.handlers[:] = handlers
 
 
 @pytest.fixture

@@ -75,8 +75,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"{out} was not made")
         return 1
     print(f"{num_bytes / 1e9:.2f} GB of weights in {seconds:.1f} s: {out}\n")
-    print("train its routers on your own text:")
-    print(f"  moejax train configs/router_tuning.py init_from={out}")
+    print("train its routers on your own text:" if model.moe else "train it on your own text:")
+    everything = "" if model.moe else " 'trainable=[\"*\"]'"
+    print(f"  moejax train configs/router_tuning.py init_from={out}{everything}")
     return 0
 
 

@@ -83,10 +83,22 @@ def _tensor(name: str, parts: list[Part], arrays: dict[str, Any], dtype: str | N
         for part in parts:
             array = arrays[part.leaf]
             whole = np.asarray(array) if isinstance(array, jax.Array) else array
-            copy_into(part.view(out), _cast(whole[part.index], part, target))
+            _fill(part.view(out), whole, part, target)
         return out
 
     return Tensor(name=name, shape=parts[0].tensor_shape, dtype=target, compute=compute)
+
+
+def _fill(view: Any, array: Any, part: Part, dtype: np.dtype) -> None:
+    """`view[...] = array[part.index]`, of stacked experts one at a time.
+
+    So of a layer's fused experts, the largest of tensors, only the tensor itself is in memory.
+    """
+    if not (isinstance(view, np.ndarray) and view.ndim > 2):
+        copy_into(view, _cast(array[part.index], part, dtype))
+        return
+    for expert, place in enumerate(view):
+        copy_into(place, _cast(array[(*part.index, expert)], part, dtype))
 
 
 def _cast(values: np.ndarray, part: Part, dtype: np.dtype) -> np.ndarray:
