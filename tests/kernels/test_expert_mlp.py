@@ -195,7 +195,6 @@ def test_saves_x_preactivations_scores_and_indices_exactly(implementation, dtype
     assert (rows, D) not in [leaf.shape for leaf in saved]  # no gathered copy, no y
 
 
-@pytest.mark.slow
 MEASURE = """
 import functools, sys, jax, jax.numpy as jnp
 from moejax.kernels.expert_mlp import expert_mlp
@@ -215,6 +214,7 @@ print(compiled.memory_analysis().temp_size_in_bytes)
 """
 
 
+@pytest.mark.slow
 def test_temporaries_stay_within_the_saved_activations_and_two_row_buffers():
     """At a larger size: y and dx by row, the saved rows, the weight gradients, and tiles.
 
