@@ -54,11 +54,11 @@ class StoredLeaf:
         spans = [range(size)[part] for part, size in parts]
         numbers = tuple(0 if isinstance(part, int) else slice(None) for part in index)
         out = np.empty([len(span) for span in spans], self.dtype)
-        for where, tensor in self._tensors.items():
-            if all(i in span for i, span in zip(where, spans, strict=False)):
-                own = tuple(span.index(i) for i, span in zip(where, spans, strict=False))
-                rest = tuple(slice(s.start, s.stop, s.step) for s in spans[len(where) :])
-                copy_into(out[own], tensor[rest])
+        depth = len(next(iter(self._tensors)))
+        rest = tuple(slice(s.start, s.stop, s.step) for s in spans[depth:])
+        for own in np.ndindex(out.shape[:depth]):
+            where = tuple(span[i] for span, i in zip(spans, own, strict=False))
+            copy_into(out[own], self._tensors[where][rest])
         return out[numbers]
 
 

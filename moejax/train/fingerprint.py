@@ -67,7 +67,7 @@ def run_words(values: np.ndarray, start: int) -> np.ndarray:
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         for at in range(0, bits.size, _BLOCK):
             block = bits[at : at + _BLOCK]
-            padded = np.pad(block, (0, _BLOCK - block.size))
+            padded = block if block.size == _BLOCK else np.pad(block, (0, _BLOCK - block.size))
             first = np.uint32((start + at) % 2**32)
             words += np.asarray(_compiled()(padded, first, np.int32(block.size)))
     return words

@@ -28,7 +28,7 @@ STATE, MANIFEST = "state", "manifest/manifest.json"
 Index = tuple[int, ...]  # along the first axes
 
 _SLICE_BYTES = 32 * 2**20
-_NUM_THREADS = 2  # each has one slice in memory
+_NUM_THREADS = 4  # each has one slice in memory; some wait for the disk while others compute
 _FILE_BYTES = 256 * 2**20  # of one file of the store; what is not yet in a file is in memory
 
 

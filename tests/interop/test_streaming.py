@@ -63,8 +63,8 @@ def limited(code, *words):
 
 @pytest.mark.parametrize("num_layers", [4, 16])  # 3.8 GB; all of OLMoE, 13.8 GB
 def test_importing_and_exporting_take_less_memory_than_the_model(tmp_path, num_layers):
-    if shutil.disk_usage(tmp_path).free < num_layers * 4e9:
-        pytest.skip(f"needs {num_layers * 4} GB on the disk of {tmp_path}")
+    if shutil.disk_usage(tmp_path).free < num_layers * 3e9:
+        pytest.skip(f"needs {num_layers * 3} GB on the disk of {tmp_path}")
     config, source = tmp_path / "config", tmp_path / "source"
     config.mkdir()
     (config / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": num_layers}))
