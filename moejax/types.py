@@ -65,9 +65,9 @@ class Batch:
 class Context:
     """What a layer may know besides its input. Per-token fields are `[B, S]`.
 
-    `key` is already folded with the step and the global layer index: a layer folds in a stream
-    id of its own and nothing else, so that nothing random depends on the layout. It is None when
-    nothing may be random (evaluation).
+    `key` holds a key for each row of the batch, already folded with the step, the row's number and
+    the global layer index: a layer folds in a stream id of its own (`layers/row_keys.py`), so that
+    nothing random depends on the layout. It is None when nothing may be random (evaluation).
     """
 
     token_mask: Bool[ArrayLike, "B S"]  # False is padding and never counts
@@ -76,7 +76,7 @@ class Context:
     token_ids: Int[ArrayLike, "B S"]
     step: Int[Array, ""]
     layer_index: Int[Array, ""] | int = 0
-    key: Any = None
+    key: Array | None = None  # [B]
     loads: Float[Array, "E"] | None = None  # global-batch share of choices per expert, sum 1
     selection: Int[Array, "T K"] | None = None  # choices to replay instead of the router's own
     selection_bias: Float[Array, "E"] | None = None  # added to router scores, for selection only

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from moejax.errors import UserError
+from moejax.layers.row_keys import fold_in, row_keys
 from moejax.models.output import Variables
 from moejax.models.transformer import Transformer
 from moejax.parallel.sharding import constrain
@@ -91,7 +92,7 @@ def until(row: np.ndarray, stop_id: int | None) -> np.ndarray:
 def _generate(model, sampling, variables, tokens, lengths, key, intervention):
     batch, longest = tokens.shape
     cache_length = longest + sampling.max_new_tokens
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(batch))
+    keys = row_keys(key, batch)
 
     def forward(cache, tokens, positions, mask):
         out = model.apply(
@@ -107,9 +108,9 @@ def _generate(model, sampling, variables, tokens, lengths, key, intervention):
     def draw(logits: Float[Array, "B V"], index: Array) -> Array:
         if sampling.temperature == 0:
             return jnp.argmax(logits, axis=-1)
-        row_keys = jax.vmap(lambda k: jax.random.fold_in(k, index))(keys)
+        now = fold_in(keys, index)
         kept = _nucleus(logits / sampling.temperature, sampling.top_p)
-        return jax.vmap(jax.random.categorical)(row_keys, kept)
+        return jax.vmap(jax.random.categorical)(now, kept)
 
     positions = jnp.broadcast_to(jnp.arange(longest), tokens.shape)
     cache = model.init_cache(variables, batch, cache_length)

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from moejax.layers.row_keys import fold_in
 from moejax.types import Context, Stats, Terms, add_terms
 
 # Rematerialisation by name: what the backward pass may keep of a layer.
@@ -183,7 +184,7 @@ def _segment_step(segment: Segment, context: Context, remat: str) -> Callable[..
             own = context.replace(
                 layer_index=index,
                 window=layer.window,
-                key=None if context.key is None else jax.random.fold_in(context.key, index),
+                key=None if context.key is None else fold_in(context.key, index),
                 router_carry=router_carry,
                 **fields[name],
             )

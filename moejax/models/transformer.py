@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Int
 
 from moejax.errors import UserError
+from moejax.layers.row_keys import row_keys
 from moejax.models import stack, vocabulary
 from moejax.models.block import Block
 from moejax.models.moe import MoE
@@ -201,7 +202,7 @@ class Transformer:
           segment_ids: 0 is padding; attention stays within a segment. All ones by default.
           positions: within each segment; 0, 1, 2, ... along the row by default.
           step: the optimiser step, for schedules inside layers.
-          key: for layers that sample; None means nothing is random.
+          key: for layers that sample, one or one for each row `[B]`; None: nothing is random.
           loads: global-batch shares per expert `{segment: [count, E]}`, from a first pass.
           selection: choices `{segment: [count, T, K]}` to replay instead of the routers' own.
           intervention: what changes the routers' logits, `{segment: one of
@@ -214,6 +215,8 @@ class Transformer:
             segment_ids = jnp.ones_like(tokens)
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        if key is not None and key.ndim == 0:
+            key = row_keys(key, tokens.shape[0])
         context = self._context(tokens, segment_ids, positions, key=key, step=step)
         decode = cache_length is not None
         context = context.replace(decode=decode, cache_length=cache_length, record=record)

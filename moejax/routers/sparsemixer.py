@@ -6,6 +6,7 @@ gradient are those of the model's code in transformers.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -16,6 +17,7 @@ from flax.linen import initializers
 from jaxtyping import Array, Float, Int
 
 from moejax.errors import UserError
+from moejax.layers.row_keys import fold_in
 from moejax.routers.selection import intervened, select
 from moejax.types import Context, Routing, at_least_f32
 
@@ -35,8 +37,7 @@ class SparseMixer(nn.Module):
     In training a choice that is not the best counts as p in one case of four and as p / 3 in the
     others, at random (Heun's third-order method). The gradient is in all cases that of p.
     `Routing.extras["log_prob"]` `[T]` is then the logarithm of the probability of both choices, and
-    0 at padding. Draws come from `context.key`, which is another in every microbatch: their number
-    changes what is drawn; meshes and padding behind the sequences do not.
+    0 at padding. Neither meshes nor microbatches nor padding behind the sequences change a draw.
 
     Noise on the layer's input (`input_jitter_noise`), which experts would see too, is not added.
 
@@ -124,18 +125,12 @@ class SparseMixer(nn.Module):
 def _drawn(
     draw: Callable[..., Array], shape: tuple[int, int], dtype: Any, context: Context, stream: int
 ) -> Float[Array, "T N"]:
-    """Random numbers of `shape` `[T, N]`, each token's from a key of its row and its place there.
-
-    Padding behind the sequences, which moves tokens within T, changes none.
-    """
-    key = jax.random.fold_in(jax.random.fold_in(context.key, _STREAM), stream)
-    rows, places = (index.reshape(-1) for index in jnp.indices(context.token_mask.shape))
-
-    def one(row: Array, place: Array) -> Array:
-        own = jax.random.fold_in(jax.random.fold_in(key, row), place)
-        return draw(own, shape[1:], dtype)
-
-    return jax.vmap(one)(rows, places)
+    """Random numbers of `shape` `[T, N]`, each token's from its row's key and its place there."""
+    keys = fold_in(fold_in(context.key, _STREAM), stream)  # [B]
+    places = jnp.arange(context.token_mask.shape[1])
+    one = lambda key, place: draw(jax.random.fold_in(key, place), shape[1:], dtype)
+    in_row = lambda key: jax.vmap(functools.partial(one, key))(places)
+    return jax.vmap(in_row)(keys).reshape(shape)
 
 
 def example() -> SparseMixer:

@@ -19,6 +19,7 @@ import optax
 from jaxtyping import Array
 
 from moejax.kernels import compat
+from moejax.layers.row_keys import row_keys
 from moejax.models.transformer import Transformer
 from moejax.objectives.objective import Objective, Result
 from moejax.optim import freeze
@@ -71,13 +72,13 @@ def make_train_step(
 
     grad = jax.value_and_grad(loss, has_aux=True)
 
-    def whole_batch(state: TrainState, batch: Batch, key: Array):
-        (value, result), gradient = grad(state.params, state, batch, key, None, None)
+    def whole_batch(state: TrainState, batch: Batch, keys: Array):
+        (value, result), gradient = grad(state.params, state, batch, keys, None, None)
         return value, gradient, result
 
-    def in_microbatches(state: TrainState, batch: Batch, key: Array):
-        parts = jax.tree.map(functools.partial(_split, num_microbatches=num_microbatches), batch)
-        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(num_microbatches))
+    def in_microbatches(state: TrainState, batch: Batch, keys: Array):
+        split = functools.partial(_split, num_microbatches=num_microbatches)
+        parts, keys = jax.tree.map(split, (batch, keys))
         counts, loads = _first_pass(model, forward, state, parts, keys)
 
         def one(part):
@@ -94,7 +95,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
         run = whole_batch if num_microbatches == 1 else in_microbatches
-        value, gradient, result = run(state, batch, key)
+        value, gradient, result = run(state, batch, row_keys(key, batch.tokens.shape[0]))
         gradient = only(gradient)
 
         grad_norm = global_norm(gradient)

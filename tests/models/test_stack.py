@@ -27,7 +27,7 @@ class Toy(nn.Module):
         state = self.variable("router_state", "offset", lambda: jnp.zeros((), jnp.float32))
         y = jnp.tanh(x @ kernel) + 0.1 * (context.window or 0) + state.value
         if context.key is not None:
-            y = y + 0.1 * jax.random.normal(context.key, x.shape)
+            y = y + 0.1 * jax.random.normal(context.key[0], x.shape)
         if context.loads is not None:
             y = y + context.loads.sum()
         carry = 0.5 * context.router_carry + y.reshape(3, -1).sum(-1)
@@ -76,7 +76,7 @@ def variables():
 
 
 def run(layout, variables, *, unroll=1, remat="none"):
-    context = CONTEXT.replace(key=jax.random.key(5))
+    context = CONTEXT.replace(key=jax.random.split(jax.random.key(5), 1))
     share = np.linspace(0, 1, NUM_LAYERS)
     loads = {
         name: jnp.asarray([[share[i]] for i in segment.indices(member)], jnp.float32)

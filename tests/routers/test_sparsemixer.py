@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from moejax.errors import UserError
+from moejax.layers.row_keys import row_keys
 from moejax.routers.sparsemixer import SparseMixer
 from moejax.verification.contracts.cases import make_context, quick_jit
 
 GOLDEN = np.load(pathlib.Path(__file__).parent.parent / "golden" / "sparsemixer.npz")
 LOGITS = GOLDEN["logits"] / np.float32(4096)
 PROBE = GOLDEN["probe"] / np.float32(32)
-KEY = jax.random.key(3)
+KEY = jax.random.split(jax.random.key(3), 1)  # of one row
 
 
 def context_of(num_tokens: int, num_experts: int, **changes):
@@ -105,7 +106,7 @@ def test_training_draws_from_the_two_softmaxes_and_steps_fully_in_one_case_of_fo
     np.testing.assert_allclose(weights[first == 1][~full], shares[1] / 3, rtol=1e-5)
     np.testing.assert_allclose(weights[first == 1][full], shares[1], rtol=1e-5)
     assert 3 not in second
-    assert (draw(logits, 8192, jax.random.key(4)).experts != routing.experts).any()
+    assert (draw(logits, 8192, row_keys(jax.random.key(4), 1)).experts != routing.experts).any()
 
 
 def test_padding_behind_sequences_changes_no_draw():
@@ -115,7 +116,7 @@ def test_padding_behind_sequences_changes_no_draw():
         mask = np.arange(length) < np.array([[5], [5]])
         x = np.zeros((2, length, 8), np.float32)
         x[:, :5] = rows
-        context = make_context(mask, num_experts=8).replace(key=KEY)
+        context = make_context(mask, num_experts=8).replace(key=row_keys(jax.random.key(3), 2))
         run = quick_jit(lambda x, c: router.apply({"params": {"kernel": jnp.eye(8)}}, x, c)[0])
         routing = run(jnp.asarray(x.reshape(-1, 8)), context)
         found[length] = [

@@ -12,8 +12,10 @@ from moejax.balance.load_balance import (
     TwoPassLoadBalance,
 )
 from moejax.balance.loss_free import LossFreeBias
+from moejax.balance.unbalanced import Unbalanced
 from moejax.balance.z_loss import RouterZLoss
 from moejax.objectives.lm import NextToken
+from moejax.routers.sparsemixer import SparseMixer
 from moejax.train.state import init_state
 from moejax.train.step import _first_pass, jit_step
 from moejax.verification.contracts.cases import quick_jit, to_dtype
@@ -21,6 +23,7 @@ from tests.models.tiny_model import (
     VOCAB,
     as_float64,
     dense,
+    moe,
     random_model_variables,
 )
 from tests.train.step_cases import (
@@ -77,6 +80,26 @@ def test_accumulation_and_remat_change_nothing(exact):
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state, exact["before"])
     assert all(leaf > 0 for leaf in jax.tree.leaves(moved["params"]))
     assert all(leaf > 0 for leaf in jax.tree.leaves(moved["router_state"]))
+
+
+def test_microbatches_do_not_change_what_is_drawn():
+    """A router that samples draws the same for every sequence, whichever part it is in."""
+    sampling = moe(router=SparseMixer(jitter=2.0), shared=None, balance=(Unbalanced(),))
+    model = dense(ffn=sampling, param_dtype="float64", dtype="float64")
+    optimizer = optax.sgd(0.1)
+    with jax.enable_x64(True):
+        state = to_dtype(make_state(model, optimizer), jnp.float64)
+        after, other_key = {}, dataclasses.replace(state, key=jax.random.key(1))
+        for parts in (1, 2, 4):
+            step = quick_jit(make_step(model, optimizer, num_microbatches=parts))
+            after[parts] = jax.device_get(numeric(step(state, make_batch())[0]))
+            after["other"] = jax.device_get(numeric(step(other_key, make_batch())[0]))
+    assert_close(after[2], after[1])
+    assert_close(after[4], after[1])
+    differences = jax.tree.map(
+        lambda a, b: np.abs(a - b).max(), after[1]["params"], after["other"]["params"]
+    )
+    assert max(jax.tree.leaves(differences)) > 1e-3  # it does draw
 
 
 def test_counts_and_statistics_are_those_of_real_tokens(exact):
