@@ -13,9 +13,11 @@ from moejax.data.mixture import Mixture
 from moejax.data.pipeline import Data, Loaders
 from moejax.errors import UserError
 from moejax.kernels import dispatch
+from moejax.models.adapter import Adapter
 from moejax.models.expert_axes import expert_axes
 from moejax.models.generate import Sampling
 from moejax.models.transformer import Transformer
+from moejax.models.variables import parameters
 from moejax.objectives.objective import Objective
 from moejax.optim import freeze
 from moejax.optim.guard import Guard
@@ -40,6 +42,8 @@ class Experiment:
         import-hf` wrote, or a Hugging Face checkpoint. None starts from random ones.
       trainable: patterns of the parameters that train, over their paths (`optim/paths.py`). The
         others are frozen: no gradient, no optimiser state, and the same bits at the end.
+      adapter: what is added to the model's projections; its leaves have paths lora/... for
+        `trainable`.
       guard: refuses steps that are not finite or that spike.
       mesh: how the devices share the work; changes no result.
       steps: optimiser steps of the whole run.
@@ -64,6 +68,7 @@ class Experiment:
     workdir: str
     init_from: str | None = None
     trainable: tuple[str, ...] = freeze.TRAIN_ALL
+    adapter: Adapter | None = None
     guard: Guard = dataclasses.field(default_factory=Guard)
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
     num_microbatches: int = 1
@@ -93,6 +98,8 @@ class Experiment:
             )
         if self.model.vocab_size is not None:
             raise UserError("leave model.vocab_size unset: it is taken from data.tokenizer")
+        if self.model.adapter is not None:
+            raise UserError("set adapter instead of model.adapter, which is taken from it")
 
     def check(self) -> None:
         """Raises UserError for every mistake that shows without data; takes about a second.
@@ -125,7 +132,7 @@ class Experiment:
         key = jax.random.key(0)
         variables = jax.eval_shape(model.init, key)
         self.variable_shardings(model, mesh)
-        self.build_optimizer(variables["params"])
+        self.build_optimizer(parameters(variables))
         self.chosen_experts(model)
         jax.eval_shape(
             lambda variables, batch, token_bytes: (
@@ -152,11 +159,11 @@ class Experiment:
         if not freeze.name_experts(self.trainable):
             return {}  # without tracing the model
         shapes = jax.eval_shape(model.init, jax.random.key(0))
-        return freeze.chosen_experts(shapes["params"], self.trainable, expert_axes(model))
+        return freeze.chosen_experts(parameters(shapes), self.trainable, expert_axes(model))
 
     def build_model(self, vocab_size: int) -> Transformer:
-        """The model with the tokenizer's vocabulary."""
-        return dataclasses.replace(self.model, vocab_size=vocab_size)
+        """The model with the tokenizer's vocabulary, adapted."""
+        return dataclasses.replace(self.model, vocab_size=vocab_size, adapter=self.adapter)
 
     def abstract_batch(self, batch_size: int) -> Batch:
         """Shapes and dtypes of a batch of the data."""

@@ -141,12 +141,17 @@ def test_every_file_and_every_public_function_and_class_is_documented():
 
 
 def test_losses_are_returned_and_keys_are_passed():
-    """`sow` loses counts under scan and remat; `make_rng` makes draws depend on the layout."""
+    """`sow` loses counts under scan and remat; `make_rng` makes draws depend on the layout.
+
+    One file may call it, when variables are made.
+    """
     called = {
         named(p): {n.attr for n in ast.walk(parsed(p)) if isinstance(n, ast.Attribute)}
         for p in PACKAGE
     }
-    assert not [path for path, names in called.items() if names & {"sow", "make_rng"}]
+    assert not [path for path, names in called.items() if "sow" in names]
+    random = [path for path, names in called.items() if "make_rng" in names]
+    assert random == ["moejax/layers/adapter_leaf.py"]
 
 
 def test_no_file_names_a_workplace_or_a_registry():

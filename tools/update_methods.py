@@ -16,6 +16,7 @@ FAMILIES = {
     "balance": "balance",
     "transport": "transport",
     "experts": "experts",
+    "adapters": "adapter",
     "attention": "attention",
     "objectives": "objective",
     "interventions": "intervention",

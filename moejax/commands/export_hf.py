@@ -1,7 +1,7 @@
 """Write the weights of a run as a Hugging Face checkpoint that transformers loads.
 
 RUN is a training run or what `moejax import-hf` wrote. OUT appears whole or not at all, and only if
-every weight that was read is what the run had saved.
+every weight that was read is what the run had saved. What a run added with LoRA is merged.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
     from moejax.config.load import load_config
     from moejax.interop import hf
     from moejax.interop.tensor_writer import appearing_whole
+    from moejax.models.merge import merged_in_checkpoint
     from moejax.train.init_from import HF
     from moejax.train.restore import model_of, open_slices
     from moejax.types import tree_of
@@ -38,7 +39,10 @@ def run(args: argparse.Namespace) -> int:
     step, leaves = open_slices(run, args.step)
     carried = run / HF
     with appearing_whole(out) as folder:
-        variables = tree_of({leaf.path: leaf for leaf in leaves})
+        stored = {leaf.path: leaf for leaf in leaves}
+        if model.adapter is not None:
+            stored = merged_in_checkpoint(model, stored, dtype=args.dtype)
+        variables = tree_of(stored)
         source = carried if carried.exists() else None
         hf.save(model, variables, folder, dtype=args.dtype, source=source)
         for leaf in leaves:

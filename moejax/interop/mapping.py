@@ -18,6 +18,7 @@ from moejax.interop.architecture import Architecture
 from moejax.interop.views import Form, Shape, View
 from moejax.models.stack import stacked_layers
 from moejax.models.transformer import Transformer
+from moejax.models.variables import ADAPTERS
 from moejax.types import named_leaves
 
 _BIAS = re.compile(r"balance_\d+_(correction_bias)")
@@ -90,6 +91,8 @@ def leaves(model: Transformer, architecture: Architecture) -> list[Leaf]:
     out = []
     for path, leaf in _abstract(model).items():
         collection, *names = path.split("/")
+        if collection == ADAPTERS:
+            continue  # whoever saves merges them
         own = layers.get(names[0])
         within = "/".join(names if own is None else names[1:])
         if collection == "router_state":

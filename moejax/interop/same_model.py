@@ -7,8 +7,10 @@ from typing import Any
 
 from moejax.balance.rule import Rule
 
-# Speed, memory, layout, initialisation and training: none changes what given weights compute.
+# Speed, memory, layout, initialisation and training: none changes what given weights compute. What
+# an adapter adds is not among them: whoever saves merges it, or is refused.
 _FREE = {
+    "adapter",
     "boundaries",
     "down_init",
     "dtype",

@@ -22,7 +22,7 @@ from moejax.types import Context
 fan_in_normal = initializers.variance_scaling(1.0, "fan_in", "normal")
 
 
-def _set_by_owner(default: Any) -> Any:
+def set_by_owner(default: Any) -> Any:
     """A field that whoever copies the prototype sets; a config that sets it is refused."""
     return dataclasses.field(default=default, metadata={"set_by_owner": True})
 
@@ -37,10 +37,10 @@ class Linear(nn.Module):
       axes: logical names of the kernel's two axes, for sharding. Set by the owner.
     """
 
-    features: int = _set_by_owner(0)
-    use_bias: bool = _set_by_owner(False)
+    features: int = set_by_owner(0)
+    use_bias: bool = set_by_owner(False)
     kernel_init: nn.initializers.Initializer = fan_in_normal
-    axes: tuple[str | None, str | None] = _set_by_owner((None, None))
+    axes: tuple[str | None, str | None] = set_by_owner((None, None))
 
     @nn.compact
     def __call__(self, x: Float[Array, "... K"], context: Context) -> Float[Array, "... N"]:

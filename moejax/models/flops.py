@@ -15,6 +15,7 @@ import math
 import jax
 
 from moejax.models.transformer import Transformer
+from moejax.models.variables import parameters
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,8 +29,8 @@ class Size:
 
 def size(model: Transformer, sequence_length: int) -> Size:
     """Counts from abstract shapes; no memory is allocated."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0))["params"]
-    axes = model.logical_axes()["params"]
+    shapes = parameters(jax.eval_shape(model.init, jax.random.key(0)))
+    axes = parameters(model.logical_axes())
     leaves = jax.tree_util.tree_leaves_with_path(shapes)
     names = jax.tree.leaves(axes, is_leaf=lambda a: isinstance(a, tuple))
     params = active = matmul = 0.0

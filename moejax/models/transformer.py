@@ -14,9 +14,11 @@ from jaxtyping import Array, ArrayLike, Int
 from moejax.errors import UserError
 from moejax.layers.row_keys import row_keys
 from moejax.models import stack, vocabulary
+from moejax.models.adapter import Adapter
 from moejax.models.block import Block
 from moejax.models.moe import MoE
 from moejax.models.output import Output, Variables
+from moejax.models.variables import cast_floats
 from moejax.types import Context, Stats, at_least_f32
 
 _DTYPES = ("float32", "bfloat16", "float64")
@@ -46,7 +48,8 @@ class Transformer:
       dtype: of activations and matmuls. param_dtype: of stored parameters. Router, softmax,
         norms, logits and router state are at least float32 whatever these say.
       remat: a name in `stack.REMAT_POLICIES`. unroll: layers per scan iteration (speed only).
-      vocab_size: V; left None in a config, the experiment sets it from its tokenizer.
+      vocab_size: V. adapter: what is added to projections. Both are left None in a config; the
+        experiment sets them.
     """
 
     num_layers: int
@@ -69,6 +72,7 @@ class Transformer:
     remat: str = "none"
     unroll: int = 1
     vocab_size: int | None = None
+    adapter: Adapter | None = None
 
     def __post_init__(self) -> None:
         if self.remat not in stack.REMAT_POLICIES:
@@ -105,7 +109,10 @@ class Transformer:
     @functools.cached_property
     def segments(self) -> list[stack.Segment]:
         """The scanned runs of layers."""
-        return stack.segments([self._layer(i) for i in range(self.num_layers)])
+        layers = [self._layer(i) for i in range(self.num_layers)]
+        if self.adapter is not None:
+            layers = self.adapter.attach(layers, *self._one_token())
+        return stack.segments(layers)
 
     def _layer(self, index: int) -> stack.Layer:
         dense = self._is_dense(index)
@@ -127,7 +134,8 @@ class Transformer:
     @property
     def moe(self) -> MoE | None:
         """The MoE feed-forward, or None in a dense model."""
-        return self.block.ffn if self.moe_layers else None
+        dense = all(self._is_dense(i) for i in range(self.num_layers))
+        return self.block.ffn if isinstance(self.block.ffn, MoE) and not dense else None
 
     def loss_weights(self) -> dict[str, float]:
         """{name of an auxiliary term: its weight in the loss}."""
@@ -137,7 +145,7 @@ class Transformer:
     # --- variables --------------------------------------------------------------------------
 
     def init(self, key: Array) -> Variables:
-        """Fresh variables: `params`, and `router_state` where balance rules remember something.
+        """Fresh variables: `params`, and `router_state` and `lora` where there is any.
 
         Layer l's parameters come from fold_in(fold_in(key, 0), l); embedding and head from
         streams 1 and 2. They are drawn in float32 and stored in `param_dtype`; router state is
@@ -156,10 +164,7 @@ class Transformer:
         if self.vocab_size is None:
             raise UserError("model.vocab_size is not set: the experiment takes it from a tokenizer")
         layers_key, embed_key, head_key = (jax.random.fold_in(key, s) for s in range(3))
-        # The shapes do not depend on the batch; one token is enough to trace every layer.
-        x = jax.ShapeDtypeStruct((1, 1, self.d_model), jnp.float32)
-        one = jnp.ones((1, 1), jnp.int32)
-        context = self._context(one, one, 0 * one, key=None, step=0)
+        x, context = self._one_token()
         variables = stack.init(self.segments, layers_key, x, context)
         params, box = variables["params"], nn.LogicallyPartitioned
         embedding = self.embed_init(embed_key, (self.vocab_size, self.d_model), jnp.float32)
@@ -175,7 +180,13 @@ class Transformer:
         variables.pop("cache", None)
         state_dtype = at_least_f32(self.param_dtype)
         dtypes = {"params": jnp.dtype(self.param_dtype), "router_state": state_dtype}
-        return {c: _cast_floats(tree, dtypes.get(c, state_dtype)) for c, tree in variables.items()}
+        return {c: cast_floats(tree, dtypes.get(c, state_dtype)) for c, tree in variables.items()}
+
+    def _one_token(self) -> tuple[jax.ShapeDtypeStruct, Context]:
+        """What traces every layer: shapes of variables do not depend on the batch."""
+        one = jnp.ones((1, 1), jnp.int32)
+        context = self._context(one, one, 0 * one, key=None, step=0)
+        return jax.ShapeDtypeStruct((1, 1, self.d_model), jnp.float32), context
 
     # --- forward ----------------------------------------------------------------------------
 
@@ -284,8 +295,3 @@ class Transformer:
             update = jax.vmap(self.moe.update_router_state)
             new[name] = state | {"ffn": update(state["ffn"], stats[name])}
         return new
-
-
-def _cast_floats(tree: Any, dtype: Any) -> Any:
-    is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
-    return jax.tree.map(lambda x: x.astype(dtype) if is_float(x) else x, tree)

@@ -13,9 +13,10 @@ from jaxtyping import ArrayLike, Int
 from moejax.experiment import Experiment
 from moejax.models.output import Variables
 from moejax.models.transformer import Transformer
+from moejax.models.variables import parameters
 from moejax.optim import freeze
 from moejax.train import layout
-from moejax.train.state import TrainState, changing, init_state, with_leaves
+from moejax.train.state import TrainState, init_state, with_leaves
 from moejax.train.step import Step, jit_step, make_train_step
 from moejax.types import named_leaves
 
@@ -40,13 +41,15 @@ class Assembled:
     def initial_state(self, variables: Variables | None = None) -> TrainState:
         """The fresh state, each leaf made where it lies.
 
-        Of `variables` given, the frozen ones become part of it as they are, without a copy.
+        Of `variables` given, the frozen ones become part of it as they are, without a copy; those
+        that are not given are fresh.
         """
         if variables is None:
             return jax.jit(self.fresh, out_shardings=self.shardings)()
-        fresh = lambda given: changing(self.fresh(given))
-        leaves = jax.jit(fresh, out_shardings=changing(self.shardings))(variables)
-        frozen = {f"frozen/{p}": leaf for p, leaf in named_leaves(variables["params"]).items()}
+        frozen = {f"frozen/{p}": leaf for p, leaf in named_leaves(parameters(variables)).items()}
+        made = {p: at for p, at in named_leaves(self.shardings).items() if p not in frozen}
+        fresh = lambda given: {p: named_leaves(self.fresh(given))[p] for p in made}
+        leaves = jax.jit(fresh, out_shardings=made)(variables)
         return with_leaves(self.shardings, frozen | leaves)
 
 

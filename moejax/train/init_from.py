@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from moejax.interop import hf
 from moejax.models.output import Variables
 from moejax.models.stack import stacked_layers
 from moejax.models.transformer import Transformer
+from moejax.models.variables import ADAPTERS, collections, parameters
 from moejax.train import frozen, processes
 from moejax.train.checkpoint import Checkpointer
 from moejax.train.manifest import CorruptCheckpoint, Leaf, Manifest
@@ -32,11 +34,12 @@ LAYERS = "layers"  # in a checkpoint's `extra`: {name of stacked parameters: the
 _log = logging.getLogger(__name__)
 
 COLLECTIONS = ("params/", "router_state/")
+_ADAPTERS = f"params/{ADAPTERS}/"
 Rows = list[tuple[str, int | None]]  # (path in the source, row of it or all), in order
 
 
 def read_weights(path: pathlib.Path, model: Transformer, shardings: Variables) -> Variables:
-    """`params` of the model, and `router_state` where the source has the same.
+    """The model's parameters, and adapters and `router_state` where the source has them.
 
     Args:
       path: a folder of any of the three kinds.
@@ -57,8 +60,8 @@ def read_weights(path: pathlib.Path, model: Transformer, shardings: Variables) -
 
 def _from_run(path: pathlib.Path, model: Transformer, shardings: Variables) -> Variables:
     """The newest checkpoint of a run, and what the run froze."""
-    placed = named_leaves(shardings)
-    shapes = named_leaves(jax.eval_shape(model.init, jax.random.key(0)))
+    placed = named_leaves(in_checkpoints(shardings))
+    shapes = named_leaves(in_checkpoints(jax.eval_shape(model.init, jax.random.key(0))))
     with Checkpointer(str(path / CHECKPOINTS)) as store:
         found = newest(store, path)
         if LAYERS not in found.extra:
@@ -66,10 +69,8 @@ def _from_run(path: pathlib.Path, model: Transformer, shardings: Variables) -> V
         plan = _plan(path, shapes, stacked_layers(model.segments), found.extra[LAYERS])
         trained = {p: leaf for p, leaf in found.leaves.items() if p.startswith(COLLECTIONS)}
         stored = trained | frozen.stored(path)
+        plan = _without_missing(plan, stored)
         _check(path, plan, shapes, stored)
-        state = {name for name in plan if name.startswith("router_state/")}
-        if not all(source in stored for name in state for source, _ in plan[name]):
-            plan = {name: rows for name, rows in plan.items() if name not in state}
         wanted = {
             source: _abstract(stored[source], placed[name])
             for name, rows in plan.items()
@@ -78,7 +79,14 @@ def _from_run(path: pathlib.Path, model: Transformer, shardings: Variables) -> V
         changing = {p: x for p, x in wanted.items() if p in trained}
         arrays = store.restore_leaves(changing, found.step).state
     arrays |= frozen.restore(path, {p: x for p, x in wanted.items() if p not in trained})
-    return tree_of({name: _join(rows, arrays, placed[name]) for name, rows in plan.items()})
+    found = tree_of({name: _join(rows, arrays, placed[name]) for name, rows in plan.items()})
+    return collections(found.pop("params")) | found
+
+
+def in_checkpoints(variables: Variables) -> dict[str, Any]:
+    """The tree of `variables` whose paths are those in a checkpoint."""
+    state = variables.get("router_state", {})
+    return {"params": parameters(variables), "router_state": state}
 
 
 def newest(store: Checkpointer, path: pathlib.Path) -> Manifest:
@@ -112,12 +120,24 @@ def _plan(path: pathlib.Path, names, ours: Mapping, theirs: Mapping) -> dict[str
         raise UserError(f"{path} has {len(where)} layers and model.num_layers is {num_layers}")
     plan: dict[str, Rows] = {}
     for name in names:
-        collection, stack, *rest = name.split("/")
-        if stack in ours:
-            found = [where[layer] for layer in ours[stack]]
-            plan[name] = [("/".join([collection, own, *rest]), row) for own, row in found]
-        else:
+        words = name.split("/")
+        at = next((i for i, word in enumerate(words) if word in ours), None)
+        if at is None:
             plan[name] = [(name, None)]
+            continue
+        found = [where[layer] for layer in ours[words[at]]]
+        plan[name] = [("/".join([*words[:at], own, *words[at + 1 :]]), row) for own, row in found]
+    return plan
+
+
+def _without_missing(plan: dict[str, Rows], stored: Mapping[str, Leaf]) -> dict[str, Rows]:
+    """The plan without what a source need not have: router state, and adapters if it has none."""
+    there = lambda name: all(source in stored for source, _ in plan[name])
+    state = {name for name in plan if name.startswith("router_state/")}
+    if not all(map(there, state)):
+        plan = {name: rows for name, rows in plan.items() if name not in state}
+    if not any(path.startswith(_ADAPTERS) for path in stored):
+        plan = {name: rows for name, rows in plan.items() if not name.startswith(_ADAPTERS)}
     return plan
 
 

@@ -16,6 +16,7 @@ from moejax.experiment import Experiment
 from moejax.models.flops import size
 from moejax.models.stack import stacked_layers
 from moejax.models.transformer import Transformer
+from moejax.models.variables import parameters
 from moejax.optim import freeze
 from moejax.parallel.canary import check_exchange
 from moejax.train import finish, frozen, layout, processes
@@ -119,7 +120,7 @@ def _records(workdir: Path, start: int) -> Records:
 def _freeze_report(experiment: Experiment, model: Transformer) -> freeze.FreezeReport:
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     chosen = experiment.chosen_experts(model)
-    report = freeze.report(shapes["params"], experiment.trainable, chosen)
+    report = freeze.report(parameters(shapes), experiment.trainable, chosen)
     if report.num_frozen:
         _log.info("%s", report)
     return report
@@ -127,7 +128,7 @@ def _freeze_report(experiment: Experiment, model: Transformer) -> freeze.FreezeR
 
 def _optimizer(experiment: Experiment, model: Transformer):
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    return experiment.build_optimizer(shapes["params"])
+    return experiment.build_optimizer(parameters(shapes))
 
 
 class _Run:

@@ -17,10 +17,18 @@ from moejax.parallel.mesh import Mesh
 from moejax.train import frozen, processes
 from moejax.train.assemble import Assembled
 from moejax.train.checkpoint import Checkpointer
-from moejax.train.init_from import CHECKPOINTS, COLLECTIONS, HF, newest, read_weights, readable
+from moejax.train.init_from import (
+    CHECKPOINTS,
+    COLLECTIONS,
+    HF,
+    in_checkpoints,
+    newest,
+    read_weights,
+    readable,
+)
 from moejax.train.layout import with_sharding
 from moejax.train.slices import StoredSlices
-from moejax.train.state import TrainState, changing, with_leaves
+from moejax.train.state import TrainState, changing, variables_of, with_leaves
 from moejax.types import named_leaves
 
 TOKENIZER = "tokenizer"
@@ -116,10 +124,10 @@ def load_variables(
     workdir = pathlib.Path(workdir)
     tokenizer = load(workdir / TOKENIZER)
     model = experiment.build_model(tokenizer.vocab_size)
-    shapes = {"router_state": {}} | jax.eval_shape(model.init, jax.random.key(0))
+    shapes = in_checkpoints(jax.eval_shape(model.init, jax.random.key(0)))
     alone = processes.num_processes() == 1
     mesh = (mesh or (Mesh(data=1) if alone else experiment.mesh)).build()
-    shardings = {"router_state": {}} | experiment.variable_shardings(model, mesh)
+    shardings = in_checkpoints(experiment.variable_shardings(model, mesh))
     wanted = named_leaves(with_sharding(shapes, shardings))
     known = frozen.stored(workdir)
     trained = {path: like for path, like in wanted.items() if path not in known}
@@ -127,10 +135,11 @@ def load_variables(
         restored = checkpointer.restore_leaves(trained, step)
     kept = frozen.restore(workdir, {path: wanted[path] for path in wanted if path in known})
     leaves = [(restored.state | kept)[path] for path in wanted]
+    found = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
     return LoadedRun(
         experiment=experiment,
         model=model,
-        variables=jax.tree.unflatten(jax.tree.structure(shapes), leaves),
+        variables=variables_of(found["params"], found["router_state"]),
         mesh=mesh,
         tokenizer=tokenizer,
         step=restored.step,

@@ -12,6 +12,7 @@ from jaxtyping import Array, Int
 
 from moejax.models.output import Variables
 from moejax.models.transformer import Transformer
+from moejax.models.variables import collections, parameters
 from moejax.optim import freeze
 from moejax.optim.guard import Guard, GuardState
 from moejax.types import named_leaves, tree_of
@@ -25,8 +26,8 @@ class TrainState:
     `step` counts every step attempted and is the position in the data: step t trains on batch t.
     A step that the guard refuses moves `step` and nothing else.
 
-    `params` are the parameters that train and `frozen` the others: both have the structure of the
-    model's, with None for the other's leaves (`optim/freeze.py`).
+    `params` are the parameters that train and `frozen` the others: both have the structure of
+    `models.variables.parameters`, with None for the other's leaves (`optim/freeze.py`).
     """
 
     step: Int[Array, ""]
@@ -40,8 +41,12 @@ class TrainState:
     @property
     def variables(self) -> Variables:
         """The model's, trained and frozen together."""
-        params = freeze.merge(self.params, self.frozen)
-        return {"params": params, "router_state": self.router_state}
+        return variables_of(freeze.merge(self.params, self.frozen), self.router_state)
+
+
+def variables_of(params: Any, router_state: Any) -> Variables:
+    """The model's variables, of all its parameters and its router state."""
+    return collections(params) | {"router_state": router_state}
 
 
 def changing(state: TrainState) -> dict[str, Any]:
@@ -72,7 +77,7 @@ def init_state(
     """
     init_key, train_key = jax.random.split(jax.random.key(seed))
     variables = tree_of(named_leaves(model.init(init_key)) | named_leaves(variables or {}))
-    params, frozen = freeze.split(variables["params"], trainable)
+    params, frozen = freeze.split(parameters(variables), trainable)
     params = jax.tree.map(lambda x: x.astype(model.param_dtype), params)
     return TrainState(
         step=jnp.zeros((), jnp.int32),

@@ -25,7 +25,7 @@ from moejax.objectives.objective import Objective, Result
 from moejax.optim import freeze
 from moejax.optim.guard import Guard, select
 from moejax.optim.optimizer import global_norm
-from moejax.train.state import TrainState
+from moejax.train.state import TrainState, variables_of
 from moejax.types import Batch, at_least_f32
 
 Metrics = dict[str, Any]
@@ -54,8 +54,7 @@ def make_train_step(
     optimizer = optax.with_extra_args_support(optimizer)
 
     def forward(params: Any, state: TrainState, batch: Batch, key: Array, loads: Any) -> Result:
-        params = freeze.merge(params, state.frozen)
-        variables = {"params": params, "router_state": state.router_state}
+        variables = variables_of(freeze.merge(params, state.frozen), state.router_state)
         return objective(
             model, variables, batch, token_bytes=token_bytes, step=state.step, key=key, loads=loads
         )

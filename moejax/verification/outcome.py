@@ -14,6 +14,7 @@ import optax
 from moejax.experiment import Experiment
 from moejax.models.output import Output
 from moejax.models.transformer import Transformer
+from moejax.models.variables import parameters
 from moejax.parallel.mesh import Mesh
 from moejax.train import layout
 from moejax.train.assemble import assemble
@@ -58,7 +59,7 @@ def outcome(
             token_bytes=jnp.ones((model.vocab_size,), jnp.int32),
         )
         state = assembled.initial_state()
-        initial = _on_host(state.variables["params"])  # before the step takes its buffers
+        initial = _on_host(parameters(state.variables))  # before the step takes its buffers
         state, metrics = assembled.train_step(state, layout.global_batch(batch, mesh))
         state, metrics = _on_host(state), jax.device_get(metrics)
     stats = metrics["stats"]
@@ -72,7 +73,7 @@ def outcome(
         **_named("statistics", _comparable(stats)),
         **_named("gradient", state.opt_state),
         "global_norm of all gradients": metrics["grad_norm"],
-        **_named("updated", state.variables["params"]),
+        **_named("updated", parameters(state.variables)),
         **_named("router_state", state.router_state),
     }
     return {name: np.asarray(value) for name, value in found.items()}, routed

@@ -1,11 +1,15 @@
 """The second user's three commands: import, train, export."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from moejax.commands import main
+from moejax.evaluation.open_model import open_model
 from moejax.interop import hf
 from moejax.types import named_leaves
+from moejax.verification.contracts.cases import quick_jit
 from tests.interop.tiny_checkpoints import MODELS, edit_config, edit_tensors, variables, written
 
 TUNING = "configs/router_tuning.py"
@@ -83,6 +87,26 @@ def test_overrides_reach_inside_the_model_that_was_given(published, tmp_path, ca
     router = "params/layers_0/ffn/router/kernel"
     assert_same(before, after, but=[router])
     np.testing.assert_array_equal(before[router][0], after[router][0])
+
+
+@pytest.mark.slow
+def test_what_lora_added_is_merged_on_export(published, tmp_path):
+    run, out = tmp_path / "run", tmp_path / "merged"
+    words = [f"init_from={published}", f"workdir={run}", "optimizer.schedule.peak=0.1", *QUICK]
+    assert main(["train", "configs/lora.py", *words]) == 0
+    assert main(["export-hf", str(run), str(out), "--dtype", "float32"]) == 0
+    before, after = tensors(published), tensors(out)
+    experts = ("ffn/experts/gate", "ffn/experts/up", "ffn/experts/down")
+    attention = tuple(f"attention/{name}/kernel" for name in ("query", "key", "value", "output"))
+    adapted = {f"params/layers_0/{name}" for name in experts + attention}
+    assert before.keys() == after.keys()
+    assert {p for p in before if not np.array_equal(before[p], after[p])} == adapted
+    opened, (plain, variables) = open_model(run), hf.load(out)
+    ids = np.arange(12)[None] % 7
+    logits = lambda model, values: quick_jit(model.apply)(values, ids).logits
+    adapted = dataclasses.replace(opened.model, dtype="float32")
+    expected = logits(adapted, opened.variables)
+    np.testing.assert_allclose(logits(plain, variables), expected, rtol=1e-5, atol=1e-6)
 
 
 def error_of(capsys, *words):

@@ -18,6 +18,7 @@ from moejax.config.load import config_functions, load_config
 from moejax.config.symbols import import_file
 from moejax.kernels import accepted
 from moejax.kernels.grouped_matmul.implementations import Choice
+from moejax.models.variables import parameters
 from moejax.train.state import init_state
 from moejax.train.step import jit_step, make_train_step
 
@@ -57,7 +58,7 @@ def lowered_step(config, platform: str) -> str:
     mesh = jax.sharding.AbstractMesh((1,), ("x",), axis_types=auto, abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
         model = experiment.build_model(VOCABULARY)
-        params = jax.eval_shape(model.init, jax.random.key(0))["params"]
+        params = parameters(jax.eval_shape(model.init, jax.random.key(0)))
         optimizer = experiment.build_optimizer(params)
         step = make_train_step(
             model,

@@ -10,6 +10,7 @@ import pytest
 from moejax.config.build import build_config
 from moejax.config.load import load_config
 from moejax.config.overrides import apply_overrides
+from moejax.models.variables import parameters
 from moejax.train import layout
 from moejax.train.assemble import assemble
 from moejax.train.loop import train
@@ -49,7 +50,7 @@ def test_three_steps(spec, build, tmp_path):
     mesh = experiment.mesh.build()
     with jax.set_mesh(mesh):
         model = experiment.build_model(data.tokenizer.vocab_size)
-        shapes = jax.eval_shape(model.init, jax.random.key(0))["params"]
+        shapes = parameters(jax.eval_shape(model.init, jax.random.key(0)))
         optimizer = experiment.build_optimizer(shapes)
         token_bytes = data.tokenizer.token_bytes()
         parts = assemble(experiment, model, optimizer, mesh, token_bytes=token_bytes)

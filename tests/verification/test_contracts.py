@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from moejax.adapters.lora import LoRA
 from moejax.attention.full import FullAttention
 from moejax.balance.z_loss import RouterZLoss
 from moejax.errors import UserError
@@ -71,6 +72,7 @@ class NoMethod:
         (CountsPadding(), "routers"),
         (FullAttention(num_heads=2, num_kv_heads=1), "attention"),
         (GLU(d_ff=4), "experts"),
+        (LoRA(), "adapters"),
         (Local(), "transport"),
         (RouterZLoss(weight=0.1), "balance"),
     ],

@@ -18,10 +18,11 @@ import numpy as np
 
 from moejax.balance.rule import Rule
 from moejax.errors import UserError
+from moejax.layers.linear import Linear
 from moejax.types import Routing
 from moejax.verification.contracts.cases import make_context
 
-FAMILIES = ("routers", "balance", "transport", "experts", "attention")
+FAMILIES = ("routers", "balance", "transport", "experts", "adapters", "attention")
 
 # The arguments that a method of each family is called with tell it apart.
 _CALLED_WITH = {
@@ -42,6 +43,8 @@ def family_of(method: Any) -> str:
     """
     if isinstance(method, Rule):
         return "balance"
+    if isinstance(method, Linear):
+        return "adapters"
     if not callable(method):
         raise UserError(f"{type(method).__name__} is of no family: it cannot be called")
     names = tuple(
@@ -57,7 +60,7 @@ def family_of(method: Any) -> str:
         f"{type(method).__name__} is of no family: it is called with ({', '.join(names)}), and "
         "routers and attention are called with (x, context), experts with (num_experts, "
         "d_model), transports with (x, routing, weights, compute); balance rules derive from "
-        "balance.rule.Rule"
+        "balance.rule.Rule, adapters from layers.linear.Linear"
     )
 
 

@@ -1,0 +1,131 @@
+"""An adapted model as a plain one: every adapted matrix becomes the one that it stands for.
+
+Hu et al., arXiv 2106.09685, section 4.1: W + s A B costs nothing when it is used. An adapter
+whose matrix differs from token to token has none (`layers.linear.matrix_of`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from moejax.layers.linear import matrix_of
+from moejax.models.adapter import Adapter
+from moejax.models.output import Variables
+from moejax.models.stack import stacked_layers
+from moejax.models.transformer import Transformer
+from moejax.models.variables import ADAPTERS, collections, parameters
+from moejax.types import at_least_f32, named_leaves, tree_of
+
+Index = tuple[int, ...]
+
+
+def merge(model: Transformer, variables: Variables) -> tuple[Transformer, Variables]:
+    """(the model without its adapter, variables with which it computes the same).
+
+    Raises UserError where the adapter is no matrix.
+    """
+    plain = dataclasses.replace(model, adapter=None)
+    leaves = merged_leaves(model, named_leaves(parameters(variables)))
+    own = tree_of({path: jnp.asarray(leaf[()]) for path, leaf in leaves.items()})
+    others = {name: tree for name, tree in variables.items() if name not in ("params", ADAPTERS)}
+    together = _restacked(collections(own) | others, model, plain)
+    return plain, together
+
+
+def merged_leaves(
+    model: Transformer, leaves: Mapping[str, Any], *, dtype: Any = None
+) -> dict[str, Any]:
+    """{path: leaf} without the adapter's, of `models.variables.parameters` of the adapted model.
+
+    Leaves are arrays, or whatever has shape and dtype and gives the numbers at an index. A merged
+    matrix is made when it is asked for, from what is read of its kernel alone, in at least float32,
+    and rounded once, to `dtype` or to that of its kernel; layers stay stacked as they are.
+    """
+    own = {path: leaf for path, leaf in leaves.items() if not path.startswith(f"{ADAPTERS}/")}
+    added: dict[str, dict[str, Any]] = {}
+    for path, leaf in leaves.items():
+        if path in own:
+            continue
+        module, name = path.removeprefix(f"{ADAPTERS}/").rsplit("/", 1)
+        projection, _, factor = name.rpartition("_")
+        in_experts = f"{module}/{projection}"
+        kernel = in_experts if in_experts in own else f"{module}/kernel"
+        added.setdefault(kernel, {})[factor if kernel == in_experts else name] = leaf
+    for path, parts in added.items():
+        is_linear = path.endswith("/kernel")
+        matrix = _matrix_of_linear if is_linear else _matrices_of_experts
+        own[path] = _Merged(functools.partial(matrix, model.adapter), own[path], parts, dtype)
+    return own
+
+
+def merged_in_checkpoint(
+    model: Transformer, stored: Mapping[str, Any], *, dtype: Any
+) -> dict[str, Any]:
+    """`merged_leaves` of a checkpoint, whose paths begin with the collection."""
+    prefix = "params/"
+    own = {p.removeprefix(prefix): leaf for p, leaf in stored.items() if p.startswith(prefix)}
+    others = {p: leaf for p, leaf in stored.items() if not p.startswith(prefix)}
+    merged = merged_leaves(model, own, dtype=dtype)
+    return {f"{prefix}{path}": leaf for path, leaf in merged.items()} | others
+
+
+class _Merged:
+    """The merged kernels `[count, ...]` of one projection in layers of a kind."""
+
+    def __init__(
+        self, matrix: Callable[..., Array], kernel: Any, parts: Mapping[str, Any], dtype: Any
+    ):
+        self.shape, self.dtype = kernel.shape, np.dtype(kernel.dtype if dtype is None else dtype)
+        self._matrix, self._kernel = matrix, kernel
+        self._parts = {name: np.asarray(part[()]) for name, part in parts.items()}  # small
+
+    def __getitem__(self, index: Index) -> np.ndarray:
+        if not index:
+            return np.stack([self[(row,)] for row in range(self.shape[0])])
+        wide = at_least_f32(self.dtype)
+        parts = {name: jnp.asarray(_at(part, index), wide) for name, part in self._parts.items()}
+        matrix = self._matrix(jnp.asarray(self._kernel[index], wide), parts)
+        return np.asarray(matrix.astype(self.dtype))
+
+
+def _at(part: np.ndarray, index: Index) -> np.ndarray:
+    """What belongs to one layer, or to one expert of it, for whom there may be a shared one."""
+    row, *expert = index
+    own = part[row]
+    return own[expert[0] if own.shape[0] > 1 else 0] if expert else own
+
+
+def _matrix_of_linear(adapter: Adapter, kernel: Array, parts: dict[str, Array]) -> Array:
+    linear = adapter.linear.clone(features=kernel.shape[-1], targets=None)
+    bound = linear.bind({"params": {"kernel": kernel}, ADAPTERS: parts})
+    return matrix_of(bound, kernel.dtype)
+
+
+def _matrices_of_experts(adapter: Adapter, kernel: Array, parts: dict[str, Array]) -> Array:
+    return adapter.experts.merged(kernel, **parts)
+
+
+def _restacked(variables: Variables, old: Transformer, new: Transformer) -> Variables:
+    """The variables of `old` with layers stacked as `new` has them."""
+    layers, wanted = stacked_layers(old.segments), stacked_layers(new.segments)
+    if layers == wanted:
+        return variables
+    place = {layer: (name, row) for name, own in layers.items() for row, layer in enumerate(own)}
+    out = {}
+    for collection, trees in variables.items():
+        flat = {name: named_leaves(trees[name]) for name in layers if name in trees}
+        stacked = {
+            f"{name}/{path}": jnp.stack([flat[place[i][0]][path][place[i][1]] for i in own])
+            for name, own in wanted.items()
+            for path in flat.get(place[own[0]][0], {})
+        }
+        rest = {name: tree for name, tree in trees.items() if name not in layers}
+        out[collection] = rest | tree_of(stacked)
+    return out
