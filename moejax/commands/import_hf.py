@@ -97,7 +97,7 @@ def _compared(source: pathlib.Path, imported: pathlib.Path, model: Transformer) 
     from moejax.parallel.mesh import Mesh
     from moejax.train.init_from import read_weights
 
-    tokens, mask = logit_check.rows(model.vocab_size, model.max_length)
+    tokens, mask = logit_check.rows(model)
     theirs = logit_check.their_logits(source, tokens, mask)
     here = NamedSharding(Mesh(data=1).build(), PartitionSpec())
     shapes = jax.eval_shape(model.init, jax.random.key(0))

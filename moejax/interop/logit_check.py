@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from moejax.errors import UserError
+from moejax.layers.rope import LongRopeScaling
 from moejax.models.output import Variables
 from moejax.models.transformer import Transformer
 
@@ -83,12 +84,16 @@ def require_transformers() -> None:
             ) from error
 
 
-def rows(
-    vocab_size: int, max_length: int | None
-) -> tuple[Int[np.ndarray, "B S"], Bool[np.ndarray, "B S"]]:
-    """(token ids, which are real): four rows, the same every time, two of them padded."""
-    longest = min(max(_LENGTHS), max_length or max(_LENGTHS))
-    tokens = np.random.default_rng(0).integers(0, vocab_size, (len(_LENGTHS), longest))
+def rows(model: Transformer) -> tuple[Int[np.ndarray, "B S"], Bool[np.ndarray, "B S"]]:
+    """(token ids, which are real): four rows, the same every time, two of them padded.
+
+    None is longer than the model may read, or than the short factors of LongRoPE reach: behind
+    them transformers 5 keeps the short factors and changes the amplitude alone.
+    """
+    scaling = getattr(getattr(model.block.attention, "rope", None), "scaling", None)
+    short = scaling.original_context if isinstance(scaling, LongRopeScaling) else None
+    longest = min(n for n in (max(_LENGTHS), model.max_length, short) if n is not None)
+    tokens = np.random.default_rng(0).integers(0, model.vocab_size, (len(_LENGTHS), longest))
     mask = np.arange(longest) < np.array(_LENGTHS)[:, None]
     return tokens.astype(np.int32), mask
 

@@ -11,7 +11,9 @@ from moejax.commands import main
 from moejax.errors import UserError
 from moejax.interop import hf, logit_check
 from moejax.interop.logit_check import TOLERANCE, compare, our_logits, rows
+from moejax.layers.rope import LongRopeScaling, Rope
 from tests.interop.tiny_checkpoints import MODELS, variables, written
+from tests.models.tiny_model import attention, dense
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.standard_normal((50, 24)).astype(np.float32)
@@ -75,13 +77,23 @@ def test_no_number_and_no_spread_are_no_agreement():
 
 
 def test_rows_are_the_same_every_time_and_some_are_padded():
-    tokens, mask = rows(24, None)
-    np.testing.assert_array_equal(tokens, rows(24, None)[0])
+    model = dense(vocab_size=24)
+    tokens, mask = rows(model)
+    np.testing.assert_array_equal(tokens, rows(model)[0])
     assert tokens.shape == mask.shape == (4, 160)
     assert mask.sum(1).tolist() == [160, 160, 90, 7]
     assert tokens.min() >= 0
     assert tokens.max() < 24
-    assert rows(24, 64)[1].sum(1).tolist() == [64, 64, 64, 7]
+    assert rows(dense(max_length=64))[1].sum(1).tolist() == [64, 64, 64, 7]
+
+
+def test_rows_stay_within_the_short_factors_of_longrope():
+    factors = {"short_factors": (1.0, 1.0), "long_factors": (2.0, 4.0)}
+    scaling = LongRopeScaling(
+        **factors, short_amplitude=1.0, long_amplitude=1.2, original_context=16
+    )
+    model = dense(attention=attention(rope=Rope(scaling=scaling)), max_length=64)
+    assert rows(model)[1].sum(1).tolist() == [16, 16, 16, 7]
 
 
 @pytest.fixture
