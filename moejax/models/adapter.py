@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -59,7 +60,9 @@ class Adapter:
     experts: GLU | None = None
     layers: tuple[int, ...] | None = None
 
-    def attach(self, layers: Sequence[Layer], x: jax.ShapeDtypeStruct, context: Context):
+    def attach(
+        self, layers: Sequence[Layer], x: jax.ShapeDtypeStruct, context: Context
+    ) -> list[Layer]:
         """The layers with their projections replaced; those that differ by it differ in kind.
 
         `x` `[B, S, D]` is abstract; with `context` it is what a layer is called with.
@@ -190,12 +193,11 @@ def _called(block: nn.Module, x: jax.ShapeDtypeStruct, context: Context) -> list
             found.extend(f"{path}/{name}" for name in EXPERT_PROJECTIONS)
         return call(*args, **kwargs)
 
-    def init(key: Array):
+    def init(key: Array, x: Array) -> Any:
         with nn.intercept_methods(note):
-            return block.init(key, x_of(x), context)
+            return block.init(key, x, context)
 
-    x_of = lambda shape: jax.numpy.zeros(shape.shape, shape.dtype)
-    jax.eval_shape(init, jax.random.key(0))
+    jax.eval_shape(init, jax.random.key(0), x)
     return sorted(set(found))
 
 
