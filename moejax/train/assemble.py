@@ -48,7 +48,11 @@ class Assembled:
             return jax.jit(self.fresh, out_shardings=self.shardings)()
         frozen = {f"frozen/{p}": leaf for p, leaf in named_leaves(parameters(variables)).items()}
         made = {p: at for p, at in named_leaves(self.shardings).items() if p not in frozen}
-        fresh = lambda given: {p: named_leaves(self.fresh(given))[p] for p in made}
+
+        def fresh(given: Variables) -> dict[str, jax.Array]:
+            leaves = named_leaves(self.fresh(given))
+            return {p: leaves[p] for p in made}
+
         leaves = jax.jit(fresh, out_shardings=made)(variables)
         return with_leaves(self.shardings, frozen | leaves)
 
