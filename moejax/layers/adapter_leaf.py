@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array
 
-COLLECTION = "lora"
+ADAPTERS = "lora"
 
 
 def adapter_leaf(
@@ -23,9 +23,9 @@ def adapter_leaf(
     """
     boxed = nn.with_logical_partitioning(init, axes)
     draw = lambda: boxed(module.make_rng("params"), shape, jnp.float32)
-    return module.variable(COLLECTION, name, draw).value
+    return module.variable(ADAPTERS, name, draw).value
 
 
 def adapter_value(module: nn.Module, name: str) -> Array:
     """A leaf that exists, of a bound module outside its compact method."""
-    return nn.meta.unbox(module.get_variable(COLLECTION, name))
+    return nn.meta.unbox(module.get_variable(ADAPTERS, name))

@@ -108,8 +108,10 @@ class Adapter:
         return _in_place_of(value, GLU, self.experts, where)
 
     def _matches(self, index: int, name: str) -> bool:
-        chosen = self.layers is None or index in self.layers
-        return chosen and any(_match(pattern, index, name) for pattern in self._patterns)
+        return self._adapts(index) and any(_match(p, index, name) for p in self._patterns)
+
+    def _adapts(self, index: int) -> bool:
+        return self.layers is None or index in self.layers
 
     @property
     def _patterns(self) -> tuple[str | re.Pattern, ...]:
@@ -130,12 +132,8 @@ class Adapter:
         if beyond := [i for i in self.layers or () if not 0 <= i < len(found)]:
             raise UserError(f"adapter.layers names layer {beyond[0]} of {len(found)}")
         for pattern in self._patterns:
-            if any(
-                _match(pattern, index, name)
-                for index, names in enumerate(found)
-                if self.layers is None or index in self.layers
-                for name in names
-            ):
+            adapted = (i for i in range(len(found)) if self._adapts(i))
+            if any(_match(pattern, i, name) for i in adapted for name in found[i]):
                 continue
             text = pattern if isinstance(pattern, str) else pattern.pattern
             known = sorted({word for names in found for n in names for word in _last_words(n)})

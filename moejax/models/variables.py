@@ -13,10 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moejax.layers.adapter_leaf import COLLECTION
+from moejax.layers.adapter_leaf import ADAPTERS
 from moejax.models.output import Variables
-
-ADAPTERS = COLLECTION
 
 
 def parameters(variables: Variables) -> dict[str, Any]:
