@@ -77,6 +77,7 @@ class Context:
     step: Int[Array, ""]
     layer_index: Int[Array, ""] | int = 0
     key: Array | None = None  # [B]
+    task_ids: Int[ArrayLike, "B S"] | None = None  # which task a row belongs to, along the row
     loads: Float[Array, "E"] | None = None  # global-batch share of choices per expert, sum 1
     selection: Int[Array, "T K"] | None = None  # choices to replay instead of the router's own
     selection_bias: Float[Array, "E"] | None = None  # added to router scores, for selection only

@@ -20,8 +20,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from moejax.layers import reports
+from moejax.layers.reports import REPORTS, Report
 from moejax.layers.row_keys import fold_in
-from moejax.types import Context, Stats, Terms, add_terms
+from moejax.models.output import Passed
+from moejax.types import Context, Stats, add_terms
 
 # Rematerialisation by name: what the backward pass may keep of a layer.
 REMAT_POLICIES: dict[str, Any] = {
@@ -122,8 +125,8 @@ def apply(
     per_layer: dict[str, dict[str, Any]],
     remat: str,
     unroll: int,
-) -> tuple[Array, Terms, Stats, dict[str, Any]]:
-    """Runs every segment. Returns (x, terms summed over layers, stats per name, new cache).
+) -> Passed:
+    """Runs every segment.
 
     Args:
       layout: from `segments`.
@@ -135,7 +138,7 @@ def apply(
       remat: a name in `REMAT_POLICIES`.
       unroll: units of layers per scan iteration.
     """
-    terms: Terms = {}
+    total = reports.NOTHING
     stats: Stats = {}
     cache: dict[str, Any] = {}
     carry = (x, context.router_carry)
@@ -151,17 +154,42 @@ def apply(
             for name in segment.names
         }
         indices = jnp.asarray([segment.indices(j) for j in range(len(segment.layers))]).T
-        carry, (new_terms, new_stats, new_cache) = jax.lax.scan(
+        carry, (told, new_stats, new_cache) = jax.lax.scan(
             step, carry, (scanned, fields, indices), unroll=min(unroll, segment.count)
         )
-        terms = add_terms(terms, jax.tree.map(lambda t: t.sum(axis=0), new_terms))
+        total = total + _over_layers(segment, told)
         stats |= new_stats
         cache |= new_cache
-    return carry[0], terms, stats, cache
+    return Passed(
+        x=carry[0],
+        terms=total.terms,
+        measures=total.measures,
+        stats=stats,
+        log_prob=total.log_prob,
+        cache=cache,
+    )
+
+
+def _over_layers(segment: Segment, told: Sequence[Report]) -> Report:
+    """The sum of what the members of a segment told; measures by layer, each of theirs."""
+    total = reports.NOTHING
+    for member, report in enumerate(told):
+        by_layer = {
+            f"{name}/{layer}": jax.tree.map(lambda x, row=row: x[row], term)
+            for name, term in report.measures.items()
+            for row, layer in enumerate(segment.indices(member))
+        }
+        summed = jax.tree.map(lambda x: x.sum(axis=0), report)
+        total = total + dataclasses.replace(summed, measures=by_layer)
+    return total
 
 
 def _run(block: nn.Module, variables: Any, x: Array, context: Context) -> Any:
-    return block.apply(variables, x, context, mutable=["cache"] if context.decode else [])
+    changing = [REPORTS, "cache"] if context.decode else [REPORTS]
+    (x, terms, stats, carry), changed = block.apply(variables, x, context, mutable=changing)
+    told = reports.told(changed)
+    told = dataclasses.replace(told, terms=add_terms(told.terms, terms))
+    return x, carry, told, stats, changed.get("cache")
 
 
 def _rematerialised(function: Callable[..., Any], remat: str) -> Callable[..., Any]:
@@ -176,7 +204,7 @@ def _segment_step(segment: Segment, context: Context, remat: str) -> Callable[..
     def step(carry: Any, inputs: Any) -> Any:
         x, router_carry = carry
         scanned, fields, indices = inputs
-        terms: Terms = {}
+        told: list[Report] = []
         stats: Stats = {}
         cache: dict[str, Any] = {}
         for member, (name, layer) in enumerate(zip(segment.names, segment.layers, strict=True)):
@@ -190,12 +218,12 @@ def _segment_step(segment: Segment, context: Context, remat: str) -> Callable[..
             )
             variables = {c: trees[name] for c, trees in scanned.items() if name in trees}
             run_layer = _rematerialised(functools.partial(_run, layer.block), remat)
-            (x, new_terms, new_stats, router_carry), updated = run_layer(variables, x, own)
-            terms = add_terms(terms, new_terms)
+            x, router_carry, report, new_stats, new_cache = run_layer(variables, x, own)
+            told.append(report)
             if new_stats:
                 stats[name] = new_stats
-            if "cache" in updated:
-                cache[name] = updated["cache"]
-        return (x, router_carry), (terms, stats, cache)
+            if new_cache is not None:
+                cache[name] = new_cache
+        return (x, router_carry), (told, stats, cache)
 
     return step

@@ -18,10 +18,9 @@ from moejax.models.adapter import Adapter
 from moejax.models.block import Block
 from moejax.models.moe import MoE
 from moejax.models.output import Output, Variables
+from moejax.models.settings import check_settings
 from moejax.models.variables import cast_floats
 from moejax.types import Context, Stats, at_least_f32
-
-_DTYPES = ("float32", "bfloat16", "float64")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,33 +74,10 @@ class Transformer:
     adapter: Adapter | None = None
 
     def __post_init__(self) -> None:
-        if self.remat not in stack.REMAT_POLICIES:
-            known = ", ".join(stack.REMAT_POLICIES)
-            raise UserError(f"model.remat={self.remat!r} is not one of {known}")
-        for name in ("num_layers", "d_model", "unroll", "moe_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name}={getattr(self, name)} must be at least 1")
-        for name in ("dtype", "param_dtype"):
-            if getattr(self, name) not in _DTYPES:
-                known = ", ".join(_DTYPES)
-                raise UserError(f"model.{name}={getattr(self, name)!r} is not one of {known}")
-        if not self.windows or any(w is not None and w < 1 for w in self.windows):
-            raise UserError(
-                f"model.windows={self.windows} must name a window of at least 1 position, or None "
-                "for full attention, for one layer or more"
-            )
-        if any(not 0 < boundary < self.num_layers for boundary in self.boundaries):
-            raise UserError(
-                f"model.boundaries={self.boundaries} must lie between 1 and "
-                f"model.num_layers - 1 = {self.num_layers - 1}"
-            )
-        if any(self._is_dense(i) for i in range(self.num_layers)) and self.dense_ffn is None:
-            raise UserError(
-                f"model.first_k_dense={self.first_k_dense} and model.moe_every={self.moe_every} "
-                "make dense layers, but model.dense_ffn is None: give it a DenseGLU"
-            )
+        check_settings(self)
 
-    def _is_dense(self, index: int) -> bool:
+    def is_dense(self, index: int) -> bool:
+        """Whether layer `index` has no experts."""
         if index < self.first_k_dense:
             return True
         return (index - self.first_k_dense + 1) % self.moe_every != 0
@@ -115,7 +91,7 @@ class Transformer:
         return stack.segments(layers)
 
     def _layer(self, index: int) -> stack.Layer:
-        dense = self._is_dense(index)
+        dense = self.is_dense(index)
         window = self.windows[index % len(self.windows)]
         block = self.block.clone(ffn=self.dense_ffn) if dense else self.block
         run = sum(boundary <= index for boundary in self.boundaries)
@@ -134,7 +110,7 @@ class Transformer:
     @property
     def moe(self) -> MoE | None:
         """The MoE feed-forward, or None in a dense model."""
-        dense = all(self._is_dense(i) for i in range(self.num_layers))
+        dense = all(self.is_dense(i) for i in range(self.num_layers))
         return self.block.ffn if isinstance(self.block.ffn, MoE) and not dense else None
 
     def loss_weights(self) -> dict[str, float]:
@@ -202,6 +178,7 @@ class Transformer:
         loads: dict[str, Array] | None = None,
         selection: dict[str, Array] | None = None,
         intervention: dict[str, Any] | None = None,
+        task_ids: Int[ArrayLike, "B S"] | None = None,
         record: bool = False,
         cache_length: int | None = None,
     ) -> Output:
@@ -218,6 +195,7 @@ class Transformer:
           selection: choices `{segment: [count, T, K]}` to replay instead of the routers' own.
           intervention: what changes the routers' logits, `{segment: one of
             moejax.interventions, each of its arrays [count, ...]}`.
+          task_ids: which task a row belongs to, along the row, for adapters that route by it.
           record: puts the routing of every token into `stats`, as `trace` (see `MoE`).
           cache_length: slots of the decoding cache; given means decode with it.
         """
@@ -230,12 +208,14 @@ class Transformer:
             key = row_keys(key, tokens.shape[0])
         context = self._context(tokens, segment_ids, positions, key=key, step=step)
         decode = cache_length is not None
-        context = context.replace(decode=decode, cache_length=cache_length, record=record)
+        context = context.replace(
+            decode=decode, cache_length=cache_length, record=record, task_ids=task_ids
+        )
         params = variables["params"]
         x = vocabulary.embedded(params, tokens, dtype=self.dtype) * self.embed_scale
         per_layer = {"loads": loads, "selection": selection, "intervention": intervention}
         per_layer = {field: values or {} for field, values in per_layer.items()}
-        x, terms, stats, cache = stack.apply(
+        passed = stack.apply(
             self.segments,
             variables,
             x,
@@ -244,9 +224,9 @@ class Transformer:
             remat=self.remat,
             unroll=self.unroll,
         )
-        x = self.block.norm.apply({"params": params["final_norm"]}, x)
+        x = self.block.norm.apply({"params": params["final_norm"]}, passed.x)
         logits = vocabulary.logits(params, x, tied=self.tied_head, soft_cap=self.logit_soft_cap)
-        return Output(logits=logits, terms=terms, stats=stats, cache=cache)
+        return passed.output(logits)
 
     def _context(
         self,

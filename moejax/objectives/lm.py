@@ -61,7 +61,7 @@ class NextToken:
                 num_bytes.astype(nll.dtype),
             )
         }
-        return Result(terms=terms, measures=measures, stats=out.stats)
+        return Result(terms=terms, measures=measures | out.measures, stats=out.stats)
 
 
 def forward(
@@ -73,6 +73,7 @@ def forward(
         batch.tokens,
         segment_ids=batch.segment_ids,
         positions=batch.positions,
+        task_ids=batch.sources,
         record=record,
         **options,
     )

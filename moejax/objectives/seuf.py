@@ -77,6 +77,7 @@ class UnlearnExpert:
         num_bytes = _sum(jnp.asarray(token_bytes)[batch.targets], batch.loss_mask)[0]
         nats = jax.lax.stop_gradient(own["lm"][0] + own["forget"][0])
         measures = {"bits_per_byte": (nats / math.log(2), num_bytes.astype(nats.dtype))}
+        measures |= out.measures
         return Result(terms=own | out.terms, measures=measures, stats=without_traces(out.stats))
 
     def _distance(self, model: Transformer, out: Output, batch: Batch) -> Float[Array, "B S"]:

@@ -70,6 +70,7 @@ def outcome(
         **_named("initial", initial),
         "loss": metrics["loss"],
         **_named("term", metrics["terms"]),
+        **_named("measure", metrics["measures"]),
         **_named("statistics", _comparable(stats)),
         **_named("gradient", state.opt_state),
         "global_norm of all gradients": metrics["grad_norm"],

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moejax.layers.reports import Report, tell
 from moejax.models import stack
 from moejax.types import mean
 from moejax.verification.contracts.cases import make_context, quick_jit
@@ -15,6 +16,15 @@ from moejax.verification.contracts.cases import make_context, quick_jit
 NUM_LAYERS, D_MODEL = 6, 4
 X = np.random.default_rng(0).standard_normal((1, 3, D_MODEL)).astype(np.float32)
 CONTEXT = make_context(np.ones((1, 3), bool)).replace(router_carry=jnp.zeros((3,)))
+
+
+class Talker(nn.Module):
+    """A part of a layer that can only report."""
+
+    def __call__(self, y, layer):
+        told = {"told": (jnp.sum(y), jnp.float32(2))}
+        index = (jnp.asarray(layer, jnp.float32), jnp.float32(1))
+        tell(self, Report(terms=told, measures={"index": index}, log_prob=y.sum((1, 2))))
 
 
 class Toy(nn.Module):
@@ -38,6 +48,8 @@ class Toy(nn.Module):
             "window": jnp.int32(context.window or 0),
             "load": jnp.zeros(()) if context.loads is None else context.loads.sum(),
         }
+        for name in ("one", "two"):
+            Talker(name=name)(y, context.layer_index)
         return x + y + 0.01 * carry.reshape(1, 3, 1), terms, stats, carry
 
 
@@ -133,10 +145,11 @@ def reference(variables):
 @pytest.mark.parametrize("unroll", [1, 2])
 def test_results_do_not_depend_on_the_grouping(variables, reference, unroll):
     layout = LAYOUTS["scanned"]
-    x, terms, stats, _ = quick_jit(lambda v: run(layout, v, unroll=unroll))(variables["scanned"])
-    np.testing.assert_allclose(x, reference[0], rtol=1e-5)
-    np.testing.assert_allclose(mean(terms["toy"]), mean(reference[1]["toy"]), rtol=1e-5)
-    ours, theirs = by_layer(layout, stats), by_layer(LAYOUTS["segmented"], reference[2])
+    found = quick_jit(lambda v: run(layout, v, unroll=unroll))(variables["scanned"])
+    np.testing.assert_allclose(found.x, reference.x, rtol=1e-5)
+    np.testing.assert_allclose(mean(found.terms["toy"]), mean(reference.terms["toy"]), rtol=1e-5)
+    ours = by_layer(layout, found.stats)
+    theirs = by_layer(LAYOUTS["segmented"], reference.stats)
     assert [s["index"] for s in ours] == list(range(NUM_LAYERS))
     assert [s["window"] for s in ours] == [4, 0, 4, 0, 4, 0]
     np.testing.assert_allclose([s["load"] for s in ours], np.linspace(0, 1, NUM_LAYERS), rtol=1e-6)
@@ -145,8 +158,25 @@ def test_results_do_not_depend_on_the_grouping(variables, reference, unroll):
     assert ours[1]["seen"] != 0
 
 
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_what_parts_of_layers_report_arrives_once(variables, reference, remat):
+    """Of two parts in every layer; the measures are each layer's own."""
+    run_it = lambda v: run(LAYOUTS["scanned"], v, remat=remat)
+    grad = lambda v: jax.grad(lambda v: run_it(v).terms["told"][0], allow_int=True)(v)["params"]
+    found = quick_jit(run_it)(variables["scanned"])
+    assert found.terms["told"][1] == 2 * 2 * NUM_LAYERS
+    assert {f"index/{i}" for i in range(NUM_LAYERS)} == found.measures.keys()
+    for layer in range(NUM_LAYERS):
+        np.testing.assert_allclose(found.measures[f"index/{layer}"], (2 * layer, 2))
+    np.testing.assert_allclose(found.log_prob, found.terms["told"][0][None], rtol=1e-5)
+    np.testing.assert_allclose(found.log_prob, reference.log_prob, rtol=1e-5)
+    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(quick_jit(grad)(variables["scanned"])))
+
+
 def value_and_grad(variables, remat):
-    loss = lambda p, v: jnp.sum(jnp.sin(run(LAYOUTS["scanned"], v | {"params": p}, remat=remat)[0]))
+    def loss(params, own):
+        return jnp.sum(jnp.sin(run(LAYOUTS["scanned"], own | {"params": params}, remat=remat).x))
+
     own = variables["scanned"]
     return quick_jit(jax.value_and_grad(loss))(own["params"], own)
 
@@ -165,7 +195,7 @@ def test_remat_changes_neither_values_nor_gradients(variables, without_remat, re
 
 def test_full_remat_computes_the_layers_again_in_the_backward_pass(variables):
     def num_tanh(remat):
-        loss = lambda v: jnp.sum(run(LAYOUTS["scanned"], v, remat=remat)[0])
+        loss = lambda v: jnp.sum(run(LAYOUTS["scanned"], v, remat=remat).x)
         return str(jax.make_jaxpr(jax.grad(loss))(variables["scanned"])).count("= tanh ")
 
     assert num_tanh("none") == 2  # the scan body has two members

@@ -1,0 +1,39 @@
+"""Which settings of a model cannot be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moejax.errors import UserError
+from moejax.models import stack
+
+_DTYPES = ("float32", "bfloat16", "float64")
+
+
+def check_settings(model: Any) -> None:
+    """Raises UserError for the first setting of a `Transformer` that cannot be."""
+    if model.remat not in stack.REMAT_POLICIES:
+        known = ", ".join(stack.REMAT_POLICIES)
+        raise UserError(f"model.remat={model.remat!r} is not one of {known}")
+    for name in ("num_layers", "d_model", "unroll", "moe_every"):
+        if getattr(model, name) < 1:
+            raise UserError(f"model.{name}={getattr(model, name)} must be at least 1")
+    for name in ("dtype", "param_dtype"):
+        if getattr(model, name) not in _DTYPES:
+            known = ", ".join(_DTYPES)
+            raise UserError(f"model.{name}={getattr(model, name)!r} is not one of {known}")
+    if not model.windows or any(w is not None and w < 1 for w in model.windows):
+        raise UserError(
+            f"model.windows={model.windows} must name a window of at least 1 position, or None "
+            "for full attention, for one layer or more"
+        )
+    if any(not 0 < boundary < model.num_layers for boundary in model.boundaries):
+        raise UserError(
+            f"model.boundaries={model.boundaries} must lie between 1 and "
+            f"model.num_layers - 1 = {model.num_layers - 1}"
+        )
+    if any(model.is_dense(i) for i in range(model.num_layers)) and model.dense_ffn is None:
+        raise UserError(
+            f"model.first_k_dense={model.first_k_dense} and model.moe_every={model.moe_every} "
+            "make dense layers, but model.dense_ffn is None: give it a DenseGLU"
+        )
