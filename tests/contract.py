@@ -12,8 +12,8 @@ import flax.linen as nn
 import pytest
 
 
-def methods(family: ModuleType) -> list:
-    """One pytest parameter for every public method class in the family's files.
+def methods(family: ModuleType, *, of: type = object) -> list:
+    """One pytest parameter for every public method class, derived from `of`, in the family's files.
 
     Each is built by its defaults, or by its file's `example()`, which returns one instance or a
     tuple of them. A class that is reached by neither fails the collection.
@@ -24,6 +24,8 @@ def methods(family: ModuleType) -> list:
         examples = module.example() if hasattr(module, "example") else ()
         examples = examples if isinstance(examples, tuple) else (examples,)
         for cls in _public_classes(module):
+            if not issubclass(cls, of):
+                continue
             instances = [e for e in examples if type(e) is cls] or [cls()]
             found += [pytest.param(i, id=f"{info.name}.{cls.__name__}") for i in instances]
     assert found, f"{family.__name__} has no methods"

@@ -17,7 +17,7 @@ from moejax.errors import UserError
 from moejax.kernels import compat
 from moejax.layers.adapter_leaf import adapter_leaf, adapter_value
 from moejax.layers.dropout import dropout
-from moejax.layers.linear import Linear, set_by_owner
+from moejax.layers.linear import Linear, is_target, set_by_owner
 from moejax.types import Context
 
 # U(-1/sqrt(in), 1/sqrt(in)): kaiming_uniform(a=sqrt(5)) of torch.
@@ -50,7 +50,7 @@ class LoRA(Linear):
     @nn.compact
     def __call__(self, x: Float[Array, "... K"], context: Context) -> Float[Array, "... N"]:
         y = super().__call__(x, context)
-        if not self._is_target():
+        if not is_target(self):
             return y
         self._check()
         into, out_of = self.axes
@@ -63,13 +63,10 @@ class LoRA(Linear):
     def matrix(self, dtype: Any) -> Float[Array, "K N"]:
         """W + s A B."""
         base = super().matrix(dtype)
-        if not self._is_target():
+        if not is_target(self):
             return base
         a, b = (adapter_value(self, name).astype(dtype) for name in ("a", "b"))
         return base + self.scale * compat.matmul(a, b)
-
-    def _is_target(self) -> bool:
-        return self.targets is None or "/".join(self.path) in self.targets
 
     def _check(self) -> None:
         if self.rank < 1:

@@ -57,6 +57,14 @@ class Linear(nn.Module):
         return jnp.asarray(nn.meta.unbox(self.get_variable("params", "kernel")), dtype)
 
 
+def is_target(module: nn.Module) -> bool:
+    """Whether the adapter `module` is for the place where it is.
+
+    Its field `targets` names paths within the layer, None every one.
+    """
+    return module.targets is None or "/".join(module.path) in module.targets
+
+
 def matrix_of(linear: nn.Module, dtype: Any) -> Float[Array, "K N"]:
     """The W of a bound projection `x W`, for a caller that multiplies in another order.
 

@@ -3,11 +3,12 @@
 import pytest
 
 import moejax.adapters
+from moejax.layers.linear import Linear
 from moejax.verification.contracts.adapters import CHECKS, Case
 from tests.contract import methods
 
 
-@pytest.fixture(scope="module", params=methods(moejax.adapters))
+@pytest.fixture(scope="module", params=methods(moejax.adapters, of=Linear))
 def case(request):
     return Case(request.param)
 
