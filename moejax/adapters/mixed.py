@@ -49,8 +49,8 @@ class MixedLinear(Linear):
         if not is_target(self):
             return y
         widths = {"d_in": x.shape[-1], "d_out": self.features, "axes": self.axes}
-        bank = self.bank.copy(**widths, name="bank")
-        router = self.router.copy(num_adapters=self.bank.num_adapters, name="router")
+        bank = self.bank.copy(**widths, name="adapters")
+        router = self.router.copy(num_adapters=self.bank.num_adapters, name="routing")
         inner = bank.down(x, context)
         mixture = router(bank.seen_by_router(x, inner), context)
         tell(self, mixture.report(context))
@@ -74,9 +74,9 @@ class MixedLinear(Linear):
             token_mask=one > 0, segment_ids=one, positions=one, token_ids=one, step=jnp.int32(0)
         )
         router = self.router.clone(num_adapters=self.bank.num_adapters)
-        mixture = router.apply({ADAPTERS: own["router"]}, nothing, context)
+        mixture = router.apply({ADAPTERS: own["routing"]}, nothing, context)
         bank = self.bank.clone(d_in=base.shape[0], d_out=base.shape[1])
-        added = bank.apply({ADAPTERS: own["bank"]}, mixture.weights[0, 0], method="merged")
+        added = bank.apply({ADAPTERS: own["adapters"]}, mixture.weights[0, 0], method="merged")
         return base + added.astype(dtype)
 
 

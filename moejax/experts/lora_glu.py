@@ -19,7 +19,7 @@ from moejax.kernels.activations import glu_activation
 from moejax.kernels.expert_mlp.slots import rows_of_tokens, sort_slots, tokens_of_rows
 from moejax.kernels.grouped_matmul import grouped_matmul
 from moejax.layers.adapter_leaf import adapter_leaf
-from moejax.layers.linear import set_by_owner
+from moejax.layers.linear import is_target, set_by_owner
 from moejax.parallel.sharding import Names, once
 from moejax.types import at_least_f32
 
@@ -58,7 +58,7 @@ class LoRAGLU(GLU):
         if self.rank < 1:
             raise UserError(f"adapter.experts.rank={self.rank} must be at least 1")
         weights, axes, compute = super().__call__(num_experts, d_model)
-        chosen = [name for name in PROJECTIONS if self._is_target(name)]
+        chosen = [name for name in PROJECTIONS if is_target(self, name)]
         for name in chosen:
             expert, into, out_of = axes[name]
             _, d_in, d_out = weights[name].shape
@@ -121,9 +121,6 @@ class LoRAGLU(GLU):
         score = slots.to_rows(gate.astype(wide))
         y = project("down", hidden).astype(wide) * score[:, None]
         return tokens_of_rows(y, slots, dtype)
-
-    def _is_target(self, name: str) -> bool:
-        return self.targets is None or "/".join((*self.path, name)) in self.targets
 
 
 def example() -> tuple[LoRAGLU, ...]:

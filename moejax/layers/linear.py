@@ -57,12 +57,12 @@ class Linear(nn.Module):
         return jnp.asarray(nn.meta.unbox(self.get_variable("params", "kernel")), dtype)
 
 
-def is_target(module: nn.Module) -> bool:
-    """Whether the adapter `module` is for the place where it is.
+def is_target(module: nn.Module, *projection: str) -> bool:
+    """Whether the adapter `module` is for the place where it is, or for a projection of its own.
 
     Its field `targets` names paths within the layer, None every one.
     """
-    return module.targets is None or "/".join(module.path) in module.targets
+    return module.targets is None or "/".join((*module.path, *projection)) in module.targets
 
 
 def matrix_of(linear: nn.Module, dtype: Any) -> Float[Array, "K N"]:

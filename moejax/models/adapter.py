@@ -14,6 +14,7 @@ from jaxtyping import Array
 
 from moejax.adapters.lora import LoRA
 from moejax.errors import UserError
+from moejax.experts.dense import DenseGLU
 from moejax.experts.glu import GLU
 from moejax.experts.lora_glu import PROJECTIONS as EXPERT_PROJECTIONS
 from moejax.layers.linear import Linear
@@ -43,7 +44,7 @@ _IN_TORCH = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """Replaces the projections that `targets` name, by `linear` or, of routed experts, `experts`.
+    """Replaces the projections that `targets` name, or the modules that hold them.
 
     Attributes:
       targets: as PEFT's `target_modules`. A tuple of names, each a projection's path or an end of
@@ -51,12 +52,15 @@ class Adapter:
         is layers.3.attention.query, or what transformers calls the same:
         model.layers.3.self_attn.q_proj.
       linear: prototype of the adapted projections, a `Linear`.
+      mlp: prototype that replaces a dense MLP as a whole where targets reach its projections, a
+        `DenseGLU` (`MixLoRA`); with None, its projections are replaced one by one.
       experts: prototype of the adapted routed experts, a `GLU`; needed where targets reach them.
       layers: global indices of the layers to adapt; None for all.
     """
 
     targets: tuple[str, ...] | str
     linear: Linear = dataclasses.field(default_factory=LoRA)
+    mlp: DenseGLU | None = None
     experts: GLU | None = None
     layers: tuple[int, ...] | None = None
 
@@ -71,32 +75,56 @@ class Adapter:
         """
         found = _projections(layers, x, context)
         self._check(found)
-        out = []
+        out, placed = [], []
         for index, layer in enumerate(layers):
             chosen = tuple(name for name in found[index] if self._matches(index, name))
             kind = (*layer.kind, chosen)
-            block = self._replaced(layer.block, chosen) if chosen else layer.block
+            block = self._replaced(layer.block, chosen, "", placed) if chosen else layer.block
             out.append(dataclasses.replace(layer, block=block, kind=kind))
+        self._check_placed(placed)
         return out
 
-    def _replaced(self, module: nn.Module, targets: tuple[str, ...]) -> nn.Module:
-        """The module with the projections in its fields replaced by ours."""
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """{loss term that the adapters report: its weight}; UserError where two differ."""
+        out: dict[str, float] = {}
+        for name in ("linear", "mlp"):
+            for term, weight in getattr(getattr(self, name), "loss_weights", {}).items():
+                if out.setdefault(term, weight) != weight:
+                    raise UserError(
+                        f"adapter.linear and adapter.mlp give the loss term {term} the weights "
+                        f"{out[term]} and {weight}: give it one"
+                    )
+        return out
+
+    def _replaced(
+        self, module: nn.Module, targets: tuple[str, ...], path: str, placed: list[nn.Module]
+    ) -> nn.Module:
+        """The module at `path` with the projections in its fields replaced by ours.
+
+        What is put in is added to `placed`.
+        """
         changes = {}
         for field in dataclasses.fields(module):
             value = getattr(module, field.name, None)
             if field.name == "parent" or not isinstance(value, nn.Module):
                 continue
             where = f"{type(module).__name__}.{field.name}"
+            own = f"{path}{field.name}/"
+            reached = [name for name in targets if name.startswith(own)]
             if isinstance(value, Linear):
-                new = _in_place_of(value, Linear, self.linear, where).clone(targets=targets)
-            elif not isinstance(value, GLU):
-                new = self._replaced(value, targets)
-            elif reached := [name for name in targets if "/experts/" in name]:
-                new = self._experts(value, where, reached[0]).clone(targets=targets)
+                new = _in_place_of(value, Linear, self.linear, where)
+            elif not reached:
+                continue
+            elif isinstance(value, GLU):
+                new = self._experts(value, where, reached[0])
+            elif isinstance(value, DenseGLU) and self.mlp is not None:
+                new = _in_place_of(value, DenseGLU, self.mlp, where)
             else:
-                new = value
-            if new is not value:
-                changes[field.name] = new
+                changes[field.name] = self._replaced(value, targets, own, placed)
+                continue
+            changes[field.name] = new.clone(targets=targets)
+            placed.append(new)
         return module.clone(**changes) if changes else module
 
     def _experts(self, value: GLU, where: str, reached: str) -> GLU:
@@ -106,6 +134,18 @@ class Adapter:
                 "adapted, with adapter.experts=LoRAGLU(...), or name other targets"
             )
         return _in_place_of(value, GLU, self.experts, where)
+
+    def _check_placed(self, placed: Sequence[nn.Module]) -> None:
+        """Raises UserError where a loss, or a whole MLP, was asked for and put nowhere."""
+        for name in ("linear", "mlp"):
+            ours = getattr(self, name)
+            asked = name == "mlp" or getattr(ours, "loss_weights", {})
+            if ours is not None and asked and not any(type(p) is type(ours) for p in placed):
+                raise UserError(
+                    f"adapter.{name} is a {type(ours).__name__}, and adapter.targets reach no "
+                    f"{'dense MLP' if name == 'mlp' else 'projection for it'}: name other targets "
+                    "or leave it out"
+                )
 
     def _matches(self, index: int, name: str) -> bool:
         return self._adapts(index) and any(_match(p, index, name) for p in self._patterns)

@@ -116,7 +116,8 @@ class Transformer:
     def loss_weights(self) -> dict[str, float]:
         """{name of an auxiliary term: its weight in the loss}."""
         rules = self.moe.balance if self.moe is not None else ()
-        return {rule.name: rule.weight for rule in rules if rule.name}
+        adapters = {} if self.adapter is None else self.adapter.loss_weights
+        return {rule.name: rule.weight for rule in rules if rule.name} | adapters
 
     # --- variables --------------------------------------------------------------------------
 
