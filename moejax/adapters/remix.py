@@ -75,7 +75,7 @@ def log_probability(
 class ReMix(MixedLinear):
     """`MixedLinear` with `PlackettLuce`.
 
-    The paper: 8 adapters of rank 8 on the MLPs' projections, `objectives.remix.ReMixNextToken`.
+    The paper: 8 adapters of rank 8 on the MLPs' projections, trained with `objectives.remix.RLOO`.
     """
 
     router: nn.Module = dataclasses.field(default_factory=PlackettLuce)

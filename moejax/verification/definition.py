@@ -46,10 +46,14 @@ def by_definition(
 
 
 def _counts(found: Outcome, choices: Mapping[str, Any], batch: Batch) -> dict[str, Any]:
-    """Tokens and choices of each layer, counted from the choices of tokens that are no padding."""
-    mask = np.reshape(batch.segment_ids, -1) > 0
+    """Tokens and choices of each layer, counted from the choices of tokens that are no padding.
+
+    An objective may pass every row of the batch several times, each beside itself.
+    """
+    segments = np.asarray(batch.segment_ids)
     counts = {}
     for layers, chosen in choices.items():  # [L, T, K]
+        mask = np.repeat(segments > 0, chosen.shape[1] // segments.size, axis=0).reshape(-1)
         load = f"statistics {layers}/load"
         experts = np.arange(found[load].shape[-1])
         counts[load] = (chosen[:, mask, :, None] == experts).sum(axis=(1, 2))
