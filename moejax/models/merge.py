@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from moejax.errors import UserError
 from moejax.layers.linear import matrix_of
 from moejax.models.adapter import Adapter
 from moejax.models.output import Variables
@@ -51,18 +52,30 @@ def merged_leaves(
     own = {path: leaf for path, leaf in leaves.items() if not path.startswith(f"{ADAPTERS}/")}
     added: dict[str, dict[str, Any]] = {}
     for path, leaf in leaves.items():
-        if path in own:
-            continue
-        module, name = path.removeprefix(f"{ADAPTERS}/").rsplit("/", 1)
-        projection, _, factor = name.rpartition("_")
-        in_experts = f"{module}/{projection}"
-        kernel = in_experts if in_experts in own else f"{module}/kernel"
-        added.setdefault(kernel, {})[factor if kernel == in_experts else name] = leaf
+        if path not in own:
+            kernel, name = _adapted_by(path.removeprefix(f"{ADAPTERS}/"), own)
+            added.setdefault(kernel, {})[name] = leaf
     for path, parts in added.items():
         is_linear = path.endswith("/kernel")
         matrix = _matrix_of_linear if is_linear else _matrices_of_experts
         own[path] = _Merged(functools.partial(matrix, model.adapter), own[path], parts, dtype)
     return own
+
+
+def _adapted_by(path: str, own: Mapping[str, Any]) -> tuple[str, str]:
+    """(the kernel that the adapter's leaf `path` is for, the leaf's name at its module)."""
+    module, _, name = path.rpartition("/")
+    projection, _, factor = name.rpartition("_")
+    if f"{module}/{projection}" in own:  # of routed experts
+        return f"{module}/{projection}", factor
+    while module and f"{module}/kernel" not in own:
+        module = module.rpartition("/")[0]
+    if not module:
+        raise UserError(
+            f"the adapter's parameter {path} belongs to no single matrix, so it cannot be merged: "
+            "use the model as it is"
+        )
+    return f"{module}/kernel", path.removeprefix(f"{module}/")
 
 
 def merged_in_checkpoint(
@@ -104,7 +117,7 @@ def _at(part: np.ndarray, index: Index) -> np.ndarray:
 
 def _matrix_of_linear(adapter: Adapter, kernel: Array, parts: dict[str, Array]) -> Array:
     linear = adapter.linear.clone(features=kernel.shape[-1], targets=None)
-    bound = linear.bind({"params": {"kernel": kernel}, ADAPTERS: parts})
+    bound = linear.bind({"params": {"kernel": kernel}, ADAPTERS: tree_of(parts)})
     return matrix_of(bound, kernel.dtype)
 
 

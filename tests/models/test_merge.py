@@ -8,12 +8,18 @@ import numpy as np
 import pytest
 
 from moejax.adapters.lora import LoRA, RsLoRA
+from moejax.adapters.mixed import MixedLinear
+from moejax.errors import UserError
 from moejax.experts.lora_glu import LoRAGLU
+from moejax.experts.mixlora import MixLoRA
+from moejax.layers.mixing.bank import LoRABank
+from moejax.layers.mixing.granularity import Static
+from moejax.layers.mixing.router import Softmax
 from moejax.models.adapter import Adapter
 from moejax.models.merge import merge
 from moejax.types import named_leaves
 from moejax.verification.contracts.cases import quick_jit
-from tests.models.tiny_model import random_model_variables, tiny, tokens
+from tests.models.tiny_model import dense, random_model_variables, tiny, tokens
 
 
 @pytest.mark.parametrize(
@@ -25,6 +31,12 @@ from tests.models.tiny_model import random_model_variables, tiny, tokens
             experts=LoRAGLU(rank=2, alpha=1.0, share_a=True),
         ),
         Adapter(targets=("q_proj",), linear=RsLoRA(rank=4), layers=(1, 3)),
+        Adapter(
+            targets=("k_proj", "o_proj"),
+            linear=MixedLinear(
+                router=Softmax(granularity=Static()), bank=LoRABank(num_adapters=3, rank=2)
+            ),
+        ),
     ],
 )
 def test_the_merged_model_gives_the_same_logits(adapter):
@@ -56,3 +68,16 @@ def test_a_merged_kernel_keeps_its_dtype_and_is_rounded_once():
     base = half(variables["params"])["layers_0"]["attention"]["query"]["kernel"]
     exact = base.astype(jnp.float32) + 4 * jnp.einsum("lir,lro->lio", a, b)
     np.testing.assert_array_equal(kernel, exact.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize(
+    "adapter, text",
+    [
+        (Adapter(targets=("q_proj",), linear=MixedLinear()), "weighed for every token anew"),
+        (Adapter(targets=("mlp.up_proj",), mlp=MixLoRA()), "belongs to no single matrix"),
+    ],
+)
+def test_what_no_matrix_stands_for_is_refused(adapter, text):
+    model = dense(adapter=adapter)
+    with pytest.raises(UserError, match=text):
+        merge(model, random_model_variables(model))
