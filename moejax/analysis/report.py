@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from matplotlib.figure import Figure
 
-from moejax.analysis import figures, html, plots, router_plots, trace_report
+from moejax.analysis import adapter_plots, figures, html, plots, router_plots, trace_report
 from moejax.analysis.history import History, build_history
 from moejax.analysis.metrics_file import iter_metrics
 from moejax.errors import UserError
@@ -71,6 +71,19 @@ _WITH_EXPERTS = (
         "over the mean, falls below about 1 and stays; the load percentiles close in on 1; no "
         "expert is dead. A sudden drop of entropy with a rise of MaxVio is a collapse.",
         draw=router_plots.plot_router,
+    ),
+)
+
+
+_WITH_MIXTURES = (
+    _Plan(
+        file="support_size.png",
+        title="Mixtures of adapters",
+        caption="How many adapters share the work: (sum of weights)² / sum of squared weights of "
+        "each token, averaged over the projections of a layer. Close to 1 where a router gives all "
+        "weight to one adapter, k where k weigh the same. Healthy: above 1, and the same held out "
+        "as in training; a fall to 1 means that the other adapters are paid for and not used.",
+        draw=adapter_plots.plot_support_size,
     ),
 )
 
@@ -160,7 +173,9 @@ def _read(run_dir: pathlib.Path) -> History:
 
 
 def _plans(history: History) -> tuple[_Plan, ...]:
-    return _ALWAYS + _WITH_EXPERTS if history.load.size else _ALWAYS
+    experts = _WITH_EXPERTS if history.load.size else ()
+    mixtures = _WITH_MIXTURES if adapter_plots.support_sizes(history.scalars) else ()
+    return _ALWAYS + experts + mixtures
 
 
 def _draw(history: History, plan: _Plan, out: pathlib.Path) -> html.Picture:
