@@ -19,6 +19,7 @@ from moejax.layers.adapter_leaf import adapter_leaf
 from moejax.layers.dropout import dropout
 from moejax.layers.linear import set_by_owner
 from moejax.layers.mixing.bank import check_bank, uniform_each
+from moejax.layers.mixing.mixture import Mixture
 from moejax.layers.mixing.router import Softmax, uniform
 from moejax.types import Context
 
@@ -72,6 +73,17 @@ class CoreBank(nn.Module):
         cores = self.cores.astype(dtype).reshape(-1, self.rank)
         mixed = compat.matmul(gated.reshape(*inner.shape[:2], -1), cores)
         return (self.alpha / self.rank) * compat.matmul(mixed, self.b.astype(dtype))
+
+    def delta(
+        self,
+        x: Float[Array, "B S K"],
+        inner: Float[Array, "B S r"],
+        mixture: Mixture,
+        context: Context,
+    ) -> Float[Array, "B S N"]:
+        """What is added to the projection of x."""
+        del x, context
+        return self.up(inner, mixture.weights)
 
     def merged(self, weights: Float[Array, " E"]) -> Float[Array, "K N"]:
         """The one matrix that weights which all tokens share stand for."""

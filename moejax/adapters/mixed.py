@@ -54,7 +54,7 @@ class MixedLinear(Linear):
         inner = bank.down(x, context)
         mixture = router(bank.seen_by_router(x, inner), context)
         tell(self, mixture.report(context))
-        return y + bank.up(inner, mixture.weights)
+        return y + bank.delta(x, inner, mixture, context)
 
     def matrix(self, dtype: Any) -> Float[Array, "K N"]:
         """W and what the bank adds. UserError where that differs from token to token."""

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from moejax.adapters.mixed import MixedLinear
 from moejax.layers.mixing.bank import LoRABank
 from moejax.layers.mixing.mixture import Mixture
-from moejax.layers.mixing.router import Router, check_k
+from moejax.layers.mixing.router import Router, check_k, is_chosen
 from moejax.layers.row_keys import fold_in
 from moejax.types import Context
 
@@ -51,9 +51,10 @@ class PlackettLuce(Router):
             draw = lambda key: jax.random.gumbel(key, logits.shape[1:], logits.dtype)
             scores = scores + jax.vmap(draw)(keys)
         _, chosen = jax.lax.top_k(scores, self.k)
-        picked = (chosen[..., None] == jnp.arange(self.num_adapters)).any(axis=-2)
+        constant = jnp.asarray(self.k**-self.power, logits.dtype)
         return Mixture(
-            weights=picked * jnp.asarray(self.k**-self.power, logits.dtype),
+            weights=jnp.where(is_chosen(chosen, self.num_adapters), constant, 0),
+            chosen=chosen,
             log_prob=None if context.key is None else log_probability(logits, chosen),
         )
 

@@ -126,3 +126,9 @@ def _describe(products: tuple[str, ...], chosen: tuple[str, ...]) -> str:
 @functools.cache  # once per message
 def _announce(level: int, message: str) -> None:
     _log.log(level, message)
+
+
+def announce(level: int, message: str) -> None:
+    """Logs a choice that was made elsewhere: once, and not within `unannounced`."""
+    if not _unannounced.get():
+        _announce(level, message)

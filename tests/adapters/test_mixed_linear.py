@@ -10,9 +10,11 @@ from moejax.adapters.mixed import MixedLinear
 from moejax.errors import UserError
 from moejax.layers.linear import Linear
 from moejax.layers.mixing.bank import LoRABank, RsLoRABank
-from moejax.layers.mixing.granularity import Sequence, Static, Task
+from moejax.layers.mixing.granularity import Sequence, Static, Task, Token
+from moejax.layers.mixing.ragged import pays
 from moejax.layers.mixing.router import Softmax, TopK
 from moejax.layers.reports import REPORTS, told
+from moejax.layers.row_keys import row_keys
 from moejax.verification.contracts.cases import make_context, quick_jit, random_variables
 
 X = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 8)), jnp.float32)
@@ -46,9 +48,16 @@ def logits(variables, seen):
     return seen @ np.asarray(variables["lora"]["routing"]["gate"]["kernel"])
 
 
-@pytest.mark.parametrize("bank, scale", [(LoRABank, 6 / 4), (RsLoRABank, 6 / 2)])
-def test_equals_a_loop_over_the_adapters(bank, scale):
-    module, variables, base = built(router=TopK(k=2), bank=bank(num_adapters=4, rank=4, alpha=6.0))
+@pytest.mark.parametrize(
+    "bank, num_adapters, scale",
+    [(LoRABank, 4, 6 / 4), (RsLoRABank, 4, 6 / 2), (LoRABank, 30, 6 / 4)],
+)
+def test_equals_a_loop_over_the_adapters(bank, num_adapters, scale):
+    """The thirty are computed on sorted rows."""
+    assert pays(num_adapters, 2) == (num_adapters == 30)
+    module, variables, base = built(
+        router=TopK(k=2), bank=bank(num_adapters=num_adapters, rank=4, alpha=6.0)
+    )
     probs = softmax(logits(variables, np.asarray(X)))
     kept = np.where(probs >= np.sort(probs, -1)[..., -2:-1], probs, 0)
     weights = kept / kept.sum(-1, keepdims=True)
@@ -115,6 +124,23 @@ def test_only_weights_that_all_share_can_be_merged():
     module, variables, _ = built(bank=bank)
     with pytest.raises(UserError, match="weighed for every token anew"):
         module.bind(variables).matrix(jnp.float32)
+
+
+@pytest.mark.parametrize("granularity", [Token(), Static()])
+def test_sorted_rows_give_what_all_adapters_give(monkeypatch, granularity):
+    """Values and gradients, with dropout, with adapters that nobody chose and one that all did."""
+    module, variables, _ = built(
+        router=TopK(k=2, granularity=granularity),
+        bank=LoRABank(num_adapters=6, rank=3, dropout=0.3),
+    )
+    context = CONTEXT.replace(key=row_keys(jax.random.key(0), 2))
+    found = {}
+    for sort in (False, True):
+        monkeypatch.setattr("moejax.layers.mixing.bank.pays", lambda *_, sort=sort: sort)
+        loss = lambda v, x: jnp.sum(jnp.sin(module.apply(v, x, context)))
+        found[sort] = quick_jit(jax.value_and_grad(loss, argnums=(0, 1)))(variables, X)
+    for dense, ragged in zip(*map(jax.tree.leaves, found.values()), strict=True):
+        np.testing.assert_allclose(ragged, dense, rtol=1e-4, atol=1e-5)
 
 
 def largest_array(jaxpr):

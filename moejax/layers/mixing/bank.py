@@ -2,7 +2,8 @@
 
 Computed over all adapters at once: x [A_1 ... A_E], the weights, and [B_1; ...; B_E] are two plain
 matrix products. The weights are applied in rank space, so that nothing larger than tokens x E x
-rank exists, and adapters of weight 0 cost little where E rank is small beside the projection.
+rank exists, and adapters of weight 0 cost little where E rank is small beside the projection. With
+many adapters for each chosen one, rows are sorted by adapter instead (`ragged.py`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 
 import flax.linen as nn
+import jax.numpy as jnp
 from flax.linen import initializers
 from jaxtyping import Array, Float
 
@@ -18,6 +20,8 @@ from moejax.kernels import compat
 from moejax.layers.adapter_leaf import adapter_leaf
 from moejax.layers.dropout import dropout
 from moejax.layers.linear import set_by_owner
+from moejax.layers.mixing.mixture import Mixture
+from moejax.layers.mixing.ragged import pays, ragged_delta
 from moejax.types import Context
 
 # Adapters are the batch axis: each is drawn like one of its own.
@@ -78,6 +82,26 @@ class LoRABank(nn.Module):
         gated = inner * weights[..., None].astype(inner.dtype)
         b = self.b.astype(inner.dtype).reshape(-1, self.d_out)
         return self.scale * compat.matmul(gated.reshape(*inner.shape[:2], -1), b)
+
+    def delta(
+        self,
+        x: Float[Array, "B S K"],
+        inner: Float[Array, "B S E r"],
+        mixture: Mixture,
+        context: Context,
+    ) -> Float[Array, "B S N"]:
+        """What is added to the projection of x: `up(inner, weights)`, or the same sum by rows
+        sorted by adapter where that is faster (`ragged.pays`; `inner` is then not computed).
+        """
+        if mixture.chosen is None or not pays(self.num_adapters, mixture.chosen.shape[-1]):
+            return self.up(inner, mixture.weights)
+        shape = (*x.shape[:2], mixture.chosen.shape[-1])
+        own = jnp.take_along_axis(mixture.weights, mixture.chosen, axis=-1)
+        by_token = lambda y: jnp.broadcast_to(y, shape).reshape(-1, shape[-1])
+        rows = dropout(x, self.dropout, context, self.path).reshape(-1, self.d_in)
+        a, b = self.a.astype(x.dtype), self.b.astype(x.dtype)
+        y = ragged_delta(rows, a, b, by_token(mixture.chosen), by_token(own))
+        return self.scale * y.reshape(*x.shape[:2], -1)
 
     def merged(self, weights: Float[Array, " E"]) -> Float[Array, "K N"]:
         """The one matrix that weights which all tokens share stand for."""

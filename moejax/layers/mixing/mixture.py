@@ -6,7 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from moejax.layers.reports import Report
 from moejax.types import Context, Term, Terms, pytree
@@ -22,11 +22,13 @@ class Mixture:
 
     Attributes:
       weights: `[B, s, E]`.
+      chosen: the adapters of weight other than 0, where a token has a fixed number of them.
       terms: (sum, count) pairs that enter the loss, with the router's `loss_weights`.
       log_prob: of what was drawn, where something was.
     """
 
     weights: Float[Array, "B s E"]
+    chosen: Int[Array, "B s k"] | None = None
     terms: Terms = dataclasses.field(default_factory=dict)
     log_prob: Float[Array, "B s"] | None = None
 

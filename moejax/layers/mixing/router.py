@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen import initializers
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from moejax.errors import UserError
 from moejax.kernels import compat
@@ -95,19 +95,19 @@ class TopK(Router):
     def __call__(self, x: Float[Array, "B S F"], context: Context) -> Mixture:
         check_k(self.k, self.num_adapters)
         probs = jax.nn.softmax(self.gate()(x, context), axis=-1)
-        chosen = largest(probs, self.k)
-        kept = jnp.where(chosen, probs, 0)
+        _, chosen = jax.lax.top_k(jax.lax.stop_gradient(probs), self.k)
+        picked = is_chosen(chosen, self.num_adapters)
+        kept = jnp.where(picked, probs, 0)
         terms = {}
         if self.balance_weight:
-            shares = jax.lax.stop_gradient(chosen.astype(probs.dtype))
-            terms[BALANCE] = row_balance(shares, probs, context.token_mask)
-        return Mixture(weights=kept / kept.sum(axis=-1, keepdims=True), terms=terms)
+            terms[BALANCE] = row_balance(picked.astype(probs.dtype), probs, context.token_mask)
+        weights = kept / kept.sum(axis=-1, keepdims=True)
+        return Mixture(weights=weights, chosen=chosen, terms=terms)
 
 
-def largest(scores: Float[Array, "B s E"], k: int) -> Bool[Array, "B s E"]:
-    """Which are the k largest; of equal ones the first."""
-    _, chosen = jax.lax.top_k(jax.lax.stop_gradient(scores), k)
-    return (chosen[..., None] == jnp.arange(scores.shape[-1])).any(axis=-2)
+def is_chosen(chosen: Int[Array, "B s k"], num_adapters: int) -> Bool[Array, "B s E"]:
+    """Which adapters are among the chosen."""
+    return (chosen[..., None] == jnp.arange(num_adapters)).any(axis=-2)
 
 
 def check_k(k: int, num_adapters: int) -> None:
