@@ -61,7 +61,9 @@ def matmul(x: Array, w: Array, *, preferred_element_type: Any = None) -> Array:
     multiply = functools.partial(jnp.matmul, preferred_element_type=preferred_element_type)
     if x.ndim <= 2 or target_platform() != "cpu":
         return multiply(x, w)
-    return multiply(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], w.shape[-1])
+    flat = lambda x, w: multiply(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], -1)
+    # Else every product would keep a flat copy of an x that others keep too.
+    return jax.checkpoint(flat, prevent_cse=False)(x, w)
 
 
 _interpretation: contextvars.ContextVar[Any] = contextvars.ContextVar(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from flax.linen import initializers
 from jaxtyping import Array, Float
@@ -79,9 +80,10 @@ class LoRABank(nn.Module):
         self, inner: Float[Array, "B S E r"], weights: Float[Array, "B s E"]
     ) -> Float[Array, "B S N"]:
         """s sum_e w_e inner_e B_e."""
-        gated = inner * weights[..., None].astype(inner.dtype)
         b = self.b.astype(inner.dtype).reshape(-1, self.d_out)
-        return self.scale * compat.matmul(gated.reshape(*inner.shape[:2], -1), b)
+        # What is kept for the gradients is `inner` and the weights, not their product.
+        product = jax.checkpoint(_gated_product, prevent_cse=False)
+        return self.scale * product(inner, weights.astype(inner.dtype), b)
 
     def delta(
         self,
@@ -109,6 +111,11 @@ class LoRABank(nn.Module):
         return compat.matmul(
             self.a.transpose(1, 0, 2).reshape(self.d_in, -1), gated.reshape(-1, self.d_out)
         )
+
+
+def _gated_product(inner: Array, weights: Array, b: Array) -> Array:
+    gated = inner * weights[..., None]
+    return compat.matmul(gated.reshape(*inner.shape[:2], -1), b)
 
 
 class RsLoRABank(LoRABank):
