@@ -12,6 +12,7 @@ model is one that `architectures/` knows: `lora_factors` says which of its proje
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 
@@ -98,7 +99,7 @@ def adapter_config(
 def load(
     directory: PathLike, model: Transformer, *, source: PathLike | None = None
 ) -> dict[str, dict]:
-    """The collection `lora` of a PEFT folder, for a model with that adapter.
+    """{"lora": the leaves of a PEFT folder}, for a model with that adapter.
 
     Every leaf has the dtype in which it is stored.
 
@@ -107,6 +108,35 @@ def load(
     """
     found = _loaded(pathlib.Path(directory), model, _architecture(model, source))
     return tree_of(found)
+
+
+def stored(
+    directory: PathLike, model: Transformer, *, source: PathLike | None = None
+) -> list[LoadedLeaf]:
+    """`load`, as leaves of a checkpoint; those have paths params/lora/..."""
+    found = _loaded(pathlib.Path(directory), model, _architecture(model, source))
+    return [LoadedLeaf(path=f"params/{path}", array=array) for path, array in found.items()]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadedLeaf:
+    """An array in memory, for whoever writes checkpoints slice by slice."""
+
+    path: str
+    array: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the array."""
+        return self.array.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the array."""
+        return self.array.dtype
+
+    def __getitem__(self, index: tuple[int, ...]) -> np.ndarray:
+        return self.array[index]
 
 
 def _loaded(

@@ -164,15 +164,17 @@ def _experts_rank(
 ) -> int:
     """The rank of every projection of the experts; 0 where none is adapted.
 
-    It is that of the parameters that hold one projection. Where only `gate_up_proj` is adapted, its
-    rank is shared out if its B leaves room for that.
+    It is that of the parameters that hold one projection, with which `gate_up_proj` has twice as
+    much for two, or as much for both together. Where it has twice as much for both together, as
+    PEFT trains adapters that name gate_proj, that is the rank, and the others are filled up.
     """
     alone = {config.rank(name) for site, name in names.items() if len(site.projections) == 1}
     fused = {site: config.rank(name) for site, name in names.items() if len(site.projections) > 1}
-    if not alone and fused:
-        apart = all(site.is_separate(pairs[site]) for site in fused)
-        alone = {rank // (len(s.projections) if apart else 1) for s, rank in fused.items()}
-    rank = min(alone, default=0)
+    apart = all(site.is_separate(pairs[site]) for site in fused)
+    own = {rank // (len(site.projections) if apart else 1) for site, rank in fused.items()}
+    rank = min(alone or own, default=0)
+    if fused and not apart and {rank * len(site.projections) for site in fused} == own:
+        return max(own)
     for site, stored in fused.items():
         if stored not in (rank, rank * len(site.projections)):
             raise UserError(

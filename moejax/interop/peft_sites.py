@@ -97,6 +97,8 @@ class FusedSite(Site):
 
     Several projections share the stored A, if theirs are equal, or the stored rank is the sum of
     theirs: each has rows of A of its own, and B is zero where one's rows meet another's outputs.
+    One projection may have a larger rank than is stored; what lies beyond is zero and stays so in
+    training, because the gradient of either factor is a product with the other.
     """
 
     @property
@@ -109,13 +111,14 @@ class FusedSite(Site):
 
     def pack(self, factors: Factors, rank: int) -> Pair:
         pairs = [factors[one.path] for one in self.projections]
+        if len(pairs) == 1:
+            pairs = [(a[:, :, :rank], b[:, :rank]) for a, b in pairs]
         a, b = pairs[0]
         num_experts, own_rank, d_out = b.shape
-        parts = range(len(pairs))
         if rank > own_rank:
             a = np.concatenate([a for a, _ in pairs], axis=2)
         whole = np.zeros((num_experts, rank, len(pairs) * d_out), b.dtype)
-        for part, (_, own) in zip(parts, pairs, strict=True):
+        for part, (_, own) in enumerate(pairs):
             whole[:, self._rows(part, own_rank, rank), self._outputs(part)] = own
         stored = a.swapaxes(1, 2).reshape(num_experts * rank, -1)
         return stored, whole.transpose(2, 1, 0).reshape(-1, rank * num_experts)
@@ -128,15 +131,18 @@ class FusedSite(Site):
         b = stored_b.reshape(-1, stored_rank, self._num_experts).transpose(2, 1, 0)
         if stored_rank > rank and not self.is_separate(pair):
             raise UserError(
-                f"{self.parameter} has rank {stored_rank} where other experts' matrices have "
-                f"{rank}, and its gate and up do not keep apart in it: moejax gives all matrices "
-                "of the experts one rank"
+                f"{self.parameter} has rank {stored_rank}, of which gate and up do not have "
+                f"{rank} each to themselves"
             )
         found = {}
         for part, one in enumerate(self.projections):
             rows = self._rows(part, rank, stored_rank)
-            own = a[:, :, rows], b[:, rows, self._outputs(part)]
-            found[one.path] = tuple(np.ascontiguousarray(x) for x in own)
+            own_a, own_b = a[:, :, rows], b[:, rows, self._outputs(part)]
+            beyond = (0, max(rank - stored_rank, 0))
+            found[one.path] = (
+                np.pad(own_a, ((0, 0), (0, 0), beyond)),
+                np.pad(own_b, ((0, 0), beyond, (0, 0))),
+            )
         return found
 
     def is_separate(self, pair: Pair) -> bool:
@@ -145,12 +151,11 @@ class FusedSite(Site):
         if parts < 2 or stored_rank % parts:
             return False
         b = pair[1].reshape(-1, stored_rank, self._num_experts).transpose(2, 1, 0)
-        bits = np.ascontiguousarray(b).view(f"u{b.itemsize}")  # a -0.0 would not survive
         rank = stored_rank // parts
         own = np.zeros(b.shape[1:], bool)
         for part in range(parts):
             own[self._rows(part, rank, stored_rank), self._outputs(part)] = True
-        return not bits[:, ~own].any()
+        return is_zero(b[:, ~own])
 
     @property
     def _num_experts(self) -> int:
@@ -213,6 +218,11 @@ def sites_per_expert(projections: Sequence[Projection]) -> list[Site]:
 
 def _plain(one: Projection) -> Site:
     return Site(projections=(one,), tensor=one.forms[0].tensor)
+
+
+def is_zero(array: np.ndarray) -> bool:
+    """Whether every bit is 0; a -0.0 would not survive where zeros are left out."""
+    return not np.ascontiguousarray(array).view(f"u{array.itemsize}").any()
 
 
 def equal_bits(arrays: Sequence[np.ndarray]) -> bool:

@@ -16,7 +16,7 @@ from moejax.experts.lora_glu import LoRAGLU, RsLoRAGLU
 from moejax.interop.architecture import Architecture
 from moejax.interop.lora_factors import Projection, everything, projections
 from moejax.interop.peft_config import PeftConfig
-from moejax.interop.peft_sites import Factors, FusedSite, Site, equal_bits, fused_sites
+from moejax.interop.peft_sites import Factors, FusedSite, Site, equal_bits, fused_sites, is_zero
 from moejax.models.adapter import Adapter
 from moejax.models.transformer import Transformer
 
@@ -99,11 +99,19 @@ def _factors(site: Site, arrays: Mapping[str, np.ndarray]) -> Factors:
 
 
 def _stored_ranks(factors: Mapping[Site, Factors]) -> dict[Site, int]:
-    """{site: the rank of its pair}: one for gate and up where they have one A, in every layer."""
+    """{site: the rank of its pair}, in all layers the same."""
     own = {site: site.projections[0].rank for site in factors}
-    fused = [site for site in factors if isinstance(site, FusedSite)]
-    one_a = all(equal_bits([a for a, _ in factors[site].values()]) for site in fused)
-    return own | {site: own[site] if one_a else own[site] * len(site.projections) for site in fused}
+    fused = [s for s in factors if isinstance(s, FusedSite) and len(s.projections) > 1]
+    alone = [s for s in factors if isinstance(s, FusedSite) and len(s.projections) == 1]
+    if not all(equal_bits([a for a, _ in factors[site].values()]) for site in fused):
+        return own | {site: own[site] * len(site.projections) for site in fused}
+    # With one A for gate and up, reading may have filled up the others (`peft_reading`).
+    if fused and alone and own[alone[0]] % 2 == 0:
+        half = own[alone[0]] // 2
+        pairs = [pair for site in alone for pair in factors[site].values()]
+        if all(is_zero(a[:, :, half:]) and is_zero(b[:, half:]) for a, b in pairs):
+            return own | dict.fromkeys(alone, half)
+    return own
 
 
 def _config(
@@ -116,7 +124,7 @@ def _config(
     for site in sites:
         if not isinstance(site, FusedSite):
             continue
-        times = ranks[site] // adapter.experts.rank
+        times = ranks[site] / adapter.experts.rank
         # So that the scale stays what it is.
         alpha = adapter.experts.alpha * (math.sqrt(times) if use_rslora else times)
         if ranks[site] != first.rank:
