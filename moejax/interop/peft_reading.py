@@ -60,10 +60,10 @@ def read(directory: pathlib.Path, model: Transformer, architecture: Architecture
     pairs = {site: _pair(files, site, config.rank(name)) for site, name in names.items()}
     plain = [site for site in sites if _is_plain(site)]
     routed = [site for site in sites if not _is_plain(site)]
-    linear = _agreed(directory, {names[s]: _numbers(config, names[s]) for s in plain})
+    linear = _agreed(directory, config, {names[s]: _numbers(config, names[s]) for s in plain})
     rank = _experts_rank(directory, config, {s: names[s] for s in routed}, pairs)
     of_experts = {names[s]: _numbers(config, names[s], rank) for s in routed}
-    experts = _agreed(directory, of_experts)
+    experts = _agreed(directory, config, of_experts)
     targets, layers = _targets([one for site in sites for one in site.projections], known)
     adapter = fdl.Config(Adapter, targets=targets)
     if layers is not None:
@@ -146,15 +146,17 @@ def _numbers(config: PeftConfig, name: str, rank: int | None = None) -> tuple[in
     return rank, float(f"{alpha * math.sqrt(rank / stored):.12g}")
 
 
-def _agreed(directory: pathlib.Path, numbers: dict[str, tuple[int, float]]) -> tuple | None:
+def _agreed(
+    directory: pathlib.Path, config: PeftConfig, numbers: dict[str, tuple[int, float]]
+) -> tuple[int, float] | None:
     """The one (rank, alpha) of all; None where there is none."""
+    stated = lambda name: f"{name} rank {config.rank(name)} and scale {config.scale(name):g}"
     for name, (rank, alpha) in numbers.items():
         first, own = next(iter(numbers.items()))
         if rank != own[0] or not math.isclose(alpha, own[1], rel_tol=_CLOSE):
             raise UserError(
-                f"{directory / peft_config.FILE} gives {first} rank {own[0]} and alpha {own[1]:g}, "
-                f"but {name} rank {rank} and alpha {alpha:g}: moejax has one of each for all "
-                "routed experts, and one for all other projections"
+                f"{directory / peft_config.FILE} gives {stated(first)}, but {stated(name)}: moejax "
+                "has one of each for all routed experts, and one for all other projections"
             )
     return next(iter(numbers.values()), None)
 
