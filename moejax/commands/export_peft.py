@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import argparse
 import pathlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moejax.errors import UserError
 
 if TYPE_CHECKING:
+    from moejax.models.transformer import Transformer
     from moejax.train.slices import StoredSlices
 
 EXAMPLE = "moejax export-peft runs/olmoe_lora adapter --base allenai/OLMoE-1B-7B-0924"
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{run} has no adapter: write its weights with `moejax export-hf`")
     step, leaves = open_slices(run, args.step)
     if model is not described:
-        _check_base(run, model, step, leaves)
+        check_base(run, model, step, leaves)
     factors = [leaf for leaf in leaves if leaf.path.startswith(f"params/{ADAPTERS}/")]
     variables = tree_of({leaf.path.removeprefix("params/"): leaf for leaf in factors})
     carried = run / HF
@@ -61,8 +62,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_base(run: pathlib.Path, model: Any, step: int, leaves: list[StoredSlices]) -> None:
-    """Raises UserError where a run changed more of its model than the adapter holds."""
+def check_base(
+    run: pathlib.Path, model: Transformer, step: int, leaves: list[StoredSlices]
+) -> None:
+    """Raises UserError where a run changed more of its model than the adapter holds.
+
+    Args:
+      run: its folder.
+      model: as the run trained it.
+      step: of the checkpoint.
+      leaves: of the checkpoint, and what the run froze.
+    """
     from moejax.balance.loss_free import LossFreeBias
     from moejax.models.variables import ADAPTERS
     from moejax.train import frozen
