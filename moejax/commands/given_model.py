@@ -65,8 +65,8 @@ def _described(
         is_run = fdl.get_callable(found) is Experiment
         model = found.model if is_run else found
         adapter = found.adapter  # of a run or of an import
-        if not is_run:
-            model.adapter = None
+        if not is_run and adapter is not None:
+            model.adapter = None  # it lies in one place, the experiment
         tokenizer = fdl.Config(HFTokenizer, path=str(folder / TOKENIZER))
     if not is_run:
         # config.json says how weights are stored. What trains needs more, because bfloat16 would
