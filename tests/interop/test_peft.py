@@ -94,7 +94,7 @@ RNG = np.random.default_rng(0)
 
 
 def random(*shape):
-    return RNG.standard_normal(shape).astype(np.float32)
+    return (0.5 * RNG.standard_normal(shape)).astype(np.float32)
 
 
 def by_hand(folder, pairs, **values):
@@ -120,14 +120,23 @@ def assert_computes(base, folder, merge, tmp_path):
     return model
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-def test_projections_lie_as_peft_documents(rslora, tmp_path):
+@pytest.mark.parametrize(
+    "name, modules, paths, rslora",
+    [
+        ("olmoe", ("q_proj", "o_proj"), ("output", "query"), True),
+        # In a model whose outputs are stored in another order than ours.
+        ("deepseek_v3", ("q_b_proj", "kv_a_proj_with_mqa"), ("kv_down", "query_up"), False),
+    ],
+)
+def test_projections_lie_as_peft_documents(name, modules, paths, rslora, tmp_path):
     """W [out, in] + s B A, with A [r, in] and B [out, r]."""
-    base = written("olmoe", tmp_path / "base")
-    names = [f"model.layers.{layer}.self_attn.{p}_proj" for layer in (0, 1) for p in "qo"]
-    pairs = {name: (random(R, D), random(D, R)) for name in names}
+    base = written(name, tmp_path / "base")
+    stored = safetensors.numpy.load_file(base / "model.safetensors")
+    names = [f"model.layers.{layer}.self_attn.{module}" for layer in (0, 1) for module in modules]
+    shapes = {name: stored[f"{name}.weight"].shape for name in names}
+    pairs = {name: (random(R, into), random(out, R)) for name, (out, into) in shapes.items()}
     prefixed = {f"base_model.model.{name}": pair for name, pair in pairs.items()}
-    values = {"target_modules": ["q_proj", "o_proj"], "use_rslora": rslora}
+    values = {"target_modules": list(modules), "use_rslora": rslora}
     folder = by_hand(tmp_path / "adapter", prefixed, **values)
     scale = np.float32(3 / np.sqrt(R) if rslora else 3 / R)
 
@@ -136,22 +145,39 @@ def test_projections_lie_as_peft_documents(rslora, tmp_path):
             values[f"{name}.weight"] = values[f"{name}.weight"] + scale * (b @ a)
 
     model = assert_computes(base, folder, merge, tmp_path)
-    assert model.adapter.targets == ("attention.output", "attention.query")
+    assert model.adapter.targets == tuple(f"attention.{path}" for path in paths)
     assert type(model.adapter.linear) is (RsLoRA if rslora else LoRA)
     assert_same_bits(tensors(tmp_path / "again"), tensors(folder))
 
 
-def test_experts_lie_as_peft_documents(tmp_path):
+def add_per_expert(values, layer, gate_up, down):
+    """To OLMoE's tensors; gate lies before up."""
+    added = {"down": down}
+    added["gate"], added["up"] = np.split(gate_up, 2, axis=1)
+    for name, e in itertools.product(added, range(E)):
+        key = f"model.layers.{layer}.mlp.experts.{e}.{name}_proj.weight"
+        values[key] = values[key] + added[name][e]
+
+
+def add_turned(values, layer, gate_up, down):
+    """To gpt-oss's tensors, which have inputs before outputs, as PEFT's delta has then."""
+    for name, delta in (("gate_up_proj", gate_up), ("down_proj", down)):
+        key = f"model.layers.{layer}.mlp.experts.{name}"
+        values[key] = values[key] + delta.swapaxes(1, 2)
+
+
+@pytest.mark.parametrize("name, add", [("olmoe", add_per_expert), ("gpt_oss", add_turned)])
+def test_experts_lie_as_peft_documents(name, add, tmp_path):
     """A [r E, in] with an expert's rows together, B [out, r E] with a rank's columns together."""
-    base = written("olmoe", tmp_path / "base")
-    parts = ("mlp.experts.down_proj", "mlp.experts.gate_up_proj")
+    base = written(name, tmp_path / "base")
+    parts = ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
     gate_up = {layer: (random(R * E, D), random(2 * F, R * E)) for layer in (0, 1)}
     down = {layer: (random(R * E, F), random(D, R * E)) for layer in (0, 1)}
     pairs = {}
     for layer in (0, 1):  # one wrapper is around the other
         pairs[f"{EXPERTS.format(layer=layer)}.base_layer"] = gate_up[layer]
         pairs[EXPERTS.format(layer=layer)] = down[layer]
-    folder = by_hand(tmp_path / "adapter", pairs, target_parameters=list(parts))
+    folder = by_hand(tmp_path / "adapter", pairs, target_parameters=parts)
 
     def delta(a, b):
         split = a.reshape(E, R, -1), b.reshape(-1, R, E)
@@ -159,11 +185,7 @@ def test_experts_lie_as_peft_documents(tmp_path):
 
     def merge(values):
         for layer in (0, 1):
-            added = {"down": delta(*down[layer])}
-            added["gate"], added["up"] = np.split(delta(*gate_up[layer]), 2, axis=1)
-            for name, e in itertools.product(added, range(E)):
-                key = f"model.layers.{layer}.mlp.experts.{e}.{name}_proj.weight"
-                values[key] = values[key] + added[name][e]
+            add(values, layer, delta(*gate_up[layer]), delta(*down[layer]))
 
     model = assert_computes(base, folder, merge, tmp_path)
     assert model.adapter.experts == LoRAGLU(rank=R, alpha=3.0)
