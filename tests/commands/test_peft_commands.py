@@ -66,13 +66,11 @@ def test_an_adapter_that_was_trained_here_is_imported_with_its_base(folders, pub
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", ["import", "run"])
-def test_training_goes_on_with_the_adapter_of_the_folder(folders, published, tmp_path, source):
-    start = folders / "run"
-    if source == "import":
-        start = tmp_path / "imported"
-        words = [str(published), str(start), "--adapter", str(folders / "adapter")]
-        assert main(["import-hf", *words]) == 0
+def test_training_goes_on_with_the_adapter_of_the_folder(folders, published, tmp_path, capsys):
+    start = tmp_path / "imported"
+    words = [str(published), str(start), "--adapter", str(folders / "adapter")]
+    assert main(["import-hf", *words]) == 0
+    assert f"init_from={start} 'trainable=[\"lora/*\"]'" in capsys.readouterr().out
     words = [f"init_from={start}", f"workdir={tmp_path / 'run'}", *FAST, 'trainable=["lora/*"]']
     assert main(["train", TUNING, *words]) == 0
     first, second = tensors(folders / "adapter"), tmp_path / "second"

@@ -141,6 +141,7 @@ def test_scales_of_experts_that_differ_are_refused(tmp_path):
         opened(tmp_path / "base", tmp_path / "adapter")
 
 
+@pytest.mark.slow
 def test_the_check_of_an_import_asks_peft(tmp_path, capsys):
     trained("olmoe", tmp_path / "adapter", tmp_path)
     words = ["import-hf", tmp_path / "base", tmp_path / "out", "--adapter", tmp_path / "adapter"]
