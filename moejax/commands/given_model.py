@@ -35,15 +35,19 @@ def complete(config: fdl.Config, overrides: Sequence[str], *, trusted: bool) -> 
     folder = getattr(config, "init_from", None)
     if folder is None:
         raise UserError("this config takes its model from a folder: give init_from=FOLDER")
-    model, tokenizer = _described(pathlib.Path(folder), trusted=trusted)
+    model, tokenizer, adapter = _described(pathlib.Path(folder), trusted=trusted)
     config.model = model
+    if adapter is not None and "adapter" not in fdl.ordered_arguments(config):
+        config.adapter = adapter
     if "tokenizer" not in fdl.ordered_arguments(config.data):
         config.data.tokenizer = tokenizer
     return config
 
 
-def _described(folder: pathlib.Path, *, trusted: bool) -> tuple[fdl.Config, fdl.Config]:
-    """(model without its vocabulary size, tokenizer with it).
+def _described(
+    folder: pathlib.Path, *, trusted: bool
+) -> tuple[fdl.Config, fdl.Config, fdl.Config | None]:
+    """(model without its vocabulary size, tokenizer with it, the adapter if there is one).
 
     A run's model is as the run trained it; of a published one, what trains is in float32.
     """
@@ -52,7 +56,7 @@ def _described(folder: pathlib.Path, *, trusted: bool) -> tuple[fdl.Config, fdl.
     from moejax.interop import hf
     from moejax.train.restore import TOKENIZER
 
-    is_run = False
+    is_run, adapter = False, None
     if hf.is_checkpoint(folder):
         model = hf.model_config(folder)
         tokenizer: Any = fdl.Config(HFTokenizer, path=str(folder), vocab_size=model.vocab_size)
@@ -60,10 +64,13 @@ def _described(folder: pathlib.Path, *, trusted: bool) -> tuple[fdl.Config, fdl.
         found = load_config(folder, trusted=trusted)
         is_run = fdl.get_callable(found) is Experiment
         model = found.model if is_run else found
+        adapter = found.adapter  # of a run or of an import
+        if not is_run and adapter is not None:
+            model.adapter = None  # it lies in one place, the experiment
         tokenizer = fdl.Config(HFTokenizer, path=str(folder / TOKENIZER))
     if not is_run:
         # config.json says how weights are stored. What trains needs more, because bfloat16 would
         # round small updates off; what is frozen stays in the dtype in which it is stored.
         model.param_dtype = "float32"
     model.vocab_size = None
-    return model, tokenizer
+    return model, tokenizer, adapter

@@ -4,6 +4,9 @@ SOURCE is a folder of safetensors with its config.json; nothing is downloaded. O
 in moejax's format with a fingerprint of each, the model's config, and the tokenizer files. A few
 slices are in memory at a time, whatever the size of the model.
 
+With --adapter OUT holds the model with a LoRA adapter of PEFT, not merged: it can be evaluated, and
+a run that starts from it goes on training the adapter's factors.
+
 With --check, transformers (extra `hf`) reads SOURCE too, and the logits of four built-in rows of
 tokens, two of them padded, are compared with those of what was imported. Where they disagree OUT is
 not made and the exit status is 1. Both models are then in memory, one after the other, in float32.
@@ -12,6 +15,7 @@ not made and the exit status is 1. Both models are then in memory, one after the
 from __future__ import annotations
 
 import argparse
+import itertools
 import pathlib
 import time
 from typing import TYPE_CHECKING
@@ -27,7 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help="folder of a Hugging Face checkpoint")
     parser.add_argument("out", metavar="OUT", help="folder to be made")
     parser.add_argument(
-        "--check", action="store_true", help="compare the logits with those of transformers"
+        "--adapter",
+        metavar="DIR",
+        help="folder of a PEFT adapter of SOURCE, imported with it",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="compare the logits with those of transformers, with --adapter of PEFT",
     )
 
 
@@ -36,10 +47,12 @@ class _DisagreementError(Exception):
 
 
 def run(args: argparse.Namespace) -> int:
+    import fiddle as fdl
+
     from moejax.config.run_directory import claim
     from moejax.data.errors import DataError
     from moejax.data.subword import HFTokenizer
-    from moejax.interop import hf, logit_check
+    from moejax.interop import hf, logit_check, peft
     from moejax.interop.tensor_writer import appearing_whole
     from moejax.models.stack import stacked_layers
     from moejax.train.init_from import CHECKPOINTS, HF, LAYERS
@@ -48,11 +61,15 @@ def run(args: argparse.Namespace) -> int:
     from moejax.train.slices import write_checkpoint
 
     if args.check:
-        logit_check.require_transformers()
+        logit_check.require_transformers(*(["peft"] if args.adapter else []))
     started = time.monotonic()
     source, out = pathlib.Path(args.source), pathlib.Path(args.out)
     config = hf.model_config(source)
     model, leaves = hf.stored(source)
+    if args.adapter:
+        config.adapter = peft.adapter_config(args.adapter, model, source=source)
+        model, leaves = hf.stored(source, adapter=fdl.build(config.adapter))
+        leaves = itertools.chain(leaves, peft.stored(args.adapter, model, source=source))
     try:
         with appearing_whole(out) as folder:
             num_bytes = write_checkpoint(
@@ -70,26 +87,37 @@ def run(args: argparse.Namespace) -> int:
             claim(folder, config, versions())
             seconds = time.monotonic() - started
             if args.check:
-                _check(source, folder, model)
+                _check(source, folder, model, args.adapter)
     except _DisagreementError:
         print(f"{out} was not made")
         return 1
     print(f"{num_bytes / 1e9:.2f} GB of weights in {seconds:.1f} s: {out}\n")
-    print("train its routers on your own text:" if model.moe else "train it on your own text:")
-    everything = "" if model.moe else " 'trainable=[\"*\"]'"
-    print(f"  moejax train configs/router_tuning.py init_from={out}{everything}")
+    what, trainable = _next(model)
+    print(f"train {what} on your own text:")
+    print(f"  moejax train configs/router_tuning.py init_from={out}{trainable}")
     return 0
 
 
-def _check(source: pathlib.Path, imported: pathlib.Path, model: Transformer) -> None:
+def _next(model: Transformer) -> tuple[str, str]:
+    """What can be trained of an import, and the override that says so."""
+    if model.adapter is not None:
+        return "its adapter", " 'trainable=[\"lora/*\"]'"
+    return ("its routers", "") if model.moe else ("it", " 'trainable=[\"*\"]'")
+
+
+def _check(
+    source: pathlib.Path, imported: pathlib.Path, model: Transformer, adapter: str | None
+) -> None:
     """Prints the comparison; raises _DisagreementError where it is one."""
-    found = _compared(source, imported, model)
+    found = _compared(source, imported, model, adapter)
     print(f"logits of {source} here and in transformers, in float32:\n{found}\n")
     if not found.agrees:
         raise _DisagreementError
 
 
-def _compared(source: pathlib.Path, imported: pathlib.Path, model: Transformer) -> Comparison:
+def _compared(
+    source: pathlib.Path, imported: pathlib.Path, model: Transformer, adapter: str | None
+) -> Comparison:
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
 
@@ -98,7 +126,8 @@ def _compared(source: pathlib.Path, imported: pathlib.Path, model: Transformer) 
     from moejax.train.init_from import read_weights
 
     tokens, mask = logit_check.rows(model)
-    theirs = logit_check.their_logits(source, tokens, mask)
+    with_adapter = {} if adapter is None else {"adapter": adapter}
+    theirs = logit_check.their_logits(source, tokens, mask, **with_adapter)
     here = NamedSharding(Mesh(data=1).build(), PartitionSpec())
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     variables = read_weights(imported, model, jax.tree.map(lambda _: here, shapes))

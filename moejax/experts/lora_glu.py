@@ -1,10 +1,12 @@
 """LoRA on routed experts: thin factors beside each expert's three matrices, or shared by all.
 
-Hu et al., arXiv 2106.09685, applied to stacked experts, as PEFT does for 3-D parameters.
+Hu et al., arXiv 2106.09685, applied to stacked experts, as PEFT does for 3-D parameters;
+rank-stabilised scaling (rsLoRA), Kalajdzievski, arXiv 2312.03732.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -123,10 +125,20 @@ class LoRAGLU(GLU):
         return tokens_of_rows(y, slots, dtype)
 
 
+class RsLoRAGLU(LoRAGLU):
+    """`LoRAGLU` with s = alpha / sqrt(rank), beside `RsLoRA` on the other projections."""
+
+    @property
+    def scale(self) -> float:
+        """s."""
+        return self.alpha / math.sqrt(self.rank)
+
+
 def example() -> tuple[LoRAGLU, ...]:
     """Small instances, for the contract tests."""
     return (
         LoRAGLU(d_ff=8, rank=2),
         LoRAGLU(d_ff=8, rank=2, use_bias=True, activation="swiglu_clamped", share_a=True),
         LoRAGLU(d_ff=8, rank=2, share_b=True),
+        RsLoRAGLU(d_ff=8, rank=2),
     )

@@ -13,6 +13,7 @@ which holds their values exactly, and saved as such. The architectures are the f
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import pathlib
@@ -34,6 +35,7 @@ from moejax.interop.same_model import differences
 from moejax.interop.tensor_files import read_json
 from moejax.interop.tensor_writer import appearing_whole, write_json, write_tensors
 from moejax.interop.writing import tensors_of
+from moejax.models.adapter import Adapter
 from moejax.models.output import Variables
 from moejax.models.transformer import Transformer
 from moejax.types import named_leaves, tree_of
@@ -82,11 +84,18 @@ def load(directory: PathLike) -> tuple[Transformer, Variables]:
     return model, tree_of({leaf.path: jnp.asarray(leaf[()]) for leaf in leaves})
 
 
-def stored(directory: PathLike) -> tuple[Transformer, Iterator[StoredLeaf]]:
-    """`load` with leaves that are not yet read; reading one may raise UserError too."""
+def stored(
+    directory: PathLike, *, adapter: Adapter | None = None
+) -> tuple[Transformer, Iterator[StoredLeaf]]:
+    """`load` with leaves that are not yet read; reading one may raise UserError too.
+
+    With `adapter` the model has it, and its layers are stacked accordingly; what it adds is not
+    among the leaves.
+    """
     directory = pathlib.Path(directory)
     found = descriptions.read(directory / _CONFIG)
-    return found.model, _stored_leaves(directory, found.model, found)
+    model = dataclasses.replace(found.model, adapter=adapter)
+    return model, _stored_leaves(directory, model, found)
 
 
 def load_into(directory: PathLike, model: Transformer, shardings: Variables) -> Variables:

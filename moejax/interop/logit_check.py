@@ -72,9 +72,9 @@ class Comparison:
         return "\n".join([*lines, verdict])
 
 
-def require_transformers() -> None:
-    """Raises UserError where torch or transformers cannot be imported."""
-    for name in ("torch", "transformers"):
+def require_transformers(*others: str) -> None:
+    """Raises UserError where torch, transformers or one of `others` cannot be imported."""
+    for name in ("torch", "transformers", *others):
         try:
             importlib.import_module(name)
         except ImportError as error:
@@ -120,8 +120,13 @@ def their_logits(
     directory: str | os.PathLike[str],
     tokens: Int[np.ndarray, "B S"],
     mask: Bool[np.ndarray, "B S"],
+    *,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> Float[np.ndarray, "N V"]:
-    """The same from transformers, which reads the folder on its own and downloads nothing."""
+    """The same from transformers, which reads the folder on its own and downloads nothing.
+
+    With `adapter`, a folder of PEFT, PEFT reads that one.
+    """
     torch: Any = importlib.import_module("torch")
     transformers: Any = importlib.import_module("transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -131,6 +136,9 @@ def their_logits(
         local_files_only=True,
         use_safetensors=True,
     )
+    if adapter is not None:
+        peft: Any = importlib.import_module("peft")
+        model = peft.PeftModel.from_pretrained(model, os.fspath(adapter))
     with torch.no_grad():
         logits = (
             model.float()

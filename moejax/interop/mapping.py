@@ -89,7 +89,7 @@ def leaves(model: Transformer, architecture: Architecture) -> list[Leaf]:
     """
     layers = stacked_layers(model.segments)
     out = []
-    for path, leaf in _abstract(model).items():
+    for path, leaf in abstract(model).items():
         collection, *names = path.split("/")
         if collection == ADAPTERS:
             continue  # whoever saves merges them
@@ -107,7 +107,7 @@ def leaves(model: Transformer, architecture: Architecture) -> list[Leaf]:
 
 
 @functools.lru_cache(maxsize=8)
-def _abstract(model: Transformer) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract(model: Transformer) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of the model's variables; nothing is computed, but every layer is traced once."""
     return named_leaves(jax.eval_shape(model.init, jax.random.key(0)))
 

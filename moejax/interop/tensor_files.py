@@ -43,22 +43,24 @@ class _Entry:
 class TensorFiles:
     """The tensors of `model.safetensors`, or of the shards that an index names.
 
+    `single` is another name of the one file, for what is never in shards.
+
     Raises:
       UserError: there are none, only pickles, a shard is missing or damaged, the index points
         out of the directory, or index and shards disagree.
     """
 
-    def __init__(self, directory: pathlib.Path):
+    def __init__(self, directory: pathlib.Path, *, single: str = SINGLE):
         self.directory = directory
         self._entries: dict[str, _Entry] = {}
         self._maps: dict[pathlib.Path, np.ndarray] = {}
         index = directory / INDEX
-        if index.exists():
+        if single == SINGLE and index.exists():
             self._open_shards(index)
-        elif (directory / SINGLE).exists():
-            self._open(directory / SINGLE)
+        elif (directory / single).exists():
+            self._open(directory / single)
         else:
-            raise _no_weights(directory)
+            raise _no_weights(directory, single)
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
@@ -176,11 +178,12 @@ def read_json(path: pathlib.Path) -> dict:
     return value
 
 
-def _no_weights(directory: pathlib.Path) -> UserError:
+def _no_weights(directory: pathlib.Path, single: str) -> UserError:
     pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
     if pickles:
         return UserError(
             f"{directory} holds weights only as pickle files ({pickles[0]}), which can run code "
             "when they are read and are refused: convert them to safetensors"
         )
-    return UserError(f"{directory} holds neither {SINGLE} nor {INDEX}")
+    either = f"neither {SINGLE} nor {INDEX}" if single == SINGLE else f"no {single}"
+    return UserError(f"{directory} holds {either}")

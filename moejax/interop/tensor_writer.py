@@ -45,12 +45,12 @@ def write_tensors(directory: pathlib.Path, tensors: Sequence[Tensor], max_bytes:
     """
     shards = _shards(tensors, max_bytes)
     if len(shards) == 1:
-        _write_shard(directory / SINGLE, shards[0])
+        write_file(directory / SINGLE, shards[0])
         return
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_shard(directory / name, shard)
+        write_file(directory / name, shard)
         weight_map |= {tensor.name: name for tensor in shard}
     total = {"total_size": sum(tensor.num_bytes for tensor in tensors)}
     write_json(directory / INDEX, {"metadata": total, "weight_map": weight_map})
@@ -83,21 +83,8 @@ def appearing_whole(target: pathlib.Path) -> Iterator[pathlib.Path]:
         raise
 
 
-def _shards(tensors: Sequence[Tensor], max_bytes: int) -> list[list[Tensor]]:
-    """Runs of consecutive tensors, each as long as `max_bytes` allows."""
-    shards: list[list[Tensor]] = [[]]
-    room = max_bytes
-    for tensor in tensors:
-        if shards[-1] and tensor.num_bytes > room:
-            shards.append([])
-            room = max_bytes
-        shards[-1].append(tensor)
-        room -= tensor.num_bytes
-    return shards
-
-
-def _write_shard(path: pathlib.Path, tensors: Sequence[Tensor]) -> None:
-    """Header, then values; the package that will read the file checks it."""
+def write_file(path: pathlib.Path, tensors: Sequence[Tensor]) -> None:
+    """One file: header, then values; the package that will read it checks it."""
     header: dict = {"__metadata__": {"format": "pt"}}
     start = 0
     for tensor in tensors:
@@ -115,3 +102,16 @@ def _write_shard(path: pathlib.Path, tensors: Sequence[Tensor]) -> None:
         os.fsync(file.fileno())
     with safetensors.safe_open(path, framework="numpy"):
         pass
+
+
+def _shards(tensors: Sequence[Tensor], max_bytes: int) -> list[list[Tensor]]:
+    """Runs of consecutive tensors, each as long as `max_bytes` allows."""
+    shards: list[list[Tensor]] = [[]]
+    room = max_bytes
+    for tensor in tensors:
+        if shards[-1] and tensor.num_bytes > room:
+            shards.append([])
+            room = max_bytes
+        shards[-1].append(tensor)
+        room -= tensor.num_bytes
+    return shards

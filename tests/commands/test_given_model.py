@@ -5,6 +5,7 @@ import jax
 import numpy as np
 import pytest
 
+from moejax.adapters.lora import LoRA
 from moejax.commands import main
 from moejax.commands.given_model import complete
 from moejax.config.build import build_config
@@ -12,6 +13,7 @@ from moejax.config.load import load_config
 from moejax.config.overrides import apply_overrides
 from moejax.config.run_directory import claim
 from moejax.interop import hf
+from moejax.models.adapter import Adapter
 from moejax.train.manifest import versions
 from moejax.train.state import init_state
 from moejax.types import named_leaves
@@ -63,3 +65,25 @@ def test_a_runs_model_is_as_the_run_trained_it(tmp_path):
     config.model.param_dtype = "bfloat16"
     claim(tmp_path, config, versions())
     assert given(tmp_path).model.param_dtype == "bfloat16"
+
+
+def test_the_adapter_of_the_folder_is_taken_where_the_config_has_none(tmp_path):
+    """Of a run and of an import; `init_from` compares its leaves with those of another."""
+    adapter = fdl.Config(Adapter, targets=("q_proj",), linear=fdl.Config(LoRA, rank=3))
+    run = load_config("configs/tiny.py:smoke")
+    run.adapter = adapter
+    for folder in ("run", "imported"):
+        (tmp_path / folder).mkdir()
+    claim(tmp_path / "run", run, versions())
+    imported = load_config("configs/tiny.py:smoke").model
+    imported.adapter = adapter
+    claim(tmp_path / "imported", imported, versions())
+    for folder in ("run", "imported"):
+        config = given(tmp_path / folder)
+        assert config.adapter == adapter
+        assert config.model.adapter is None
+        own = complete(
+            load_config("configs/lora.py"), [f"init_from={tmp_path / folder}"], trusted=False
+        )
+        assert own.adapter.targets == "all-linear"
+        assert own.model.adapter is None

@@ -7,7 +7,7 @@ import pytest
 
 from moejax.errors import UserError
 from moejax.experts.glu import GLU
-from moejax.experts.lora_glu import LoRAGLU
+from moejax.experts.lora_glu import LoRAGLU, RsLoRAGLU
 from moejax.verification.contracts.cases import quick_jit, random_variables
 
 E, D, F, T, K = 4, 8, 6, 10, 2
@@ -55,6 +55,14 @@ def test_equals_experts_with_merged_matrices(settings):
     expected = run(plain, merged_params(form, variables))
     np.testing.assert_allclose(run(form, variables), expected, rtol=2e-5, atol=2e-6)
     assert np.abs(run(plain, {"params": variables["params"]}) - expected).max() > 0.1
+
+
+def test_the_rank_stabilised_form_divides_by_the_root():
+    form, other = RsLoRAGLU(d_ff=F, rank=4, alpha=3.0), LoRAGLU(d_ff=F, rank=4, alpha=6.0)
+    variables = random_variables(form, E, D)
+    np.testing.assert_array_equal(run(form, variables), run(other, variables))
+    merged = run(GLU(d_ff=F), merged_params(form, variables))
+    np.testing.assert_allclose(run(form, variables), merged, rtol=2e-5, atol=2e-6)
 
 
 def test_shared_factors_are_stored_once():

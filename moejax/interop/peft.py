@@ -1,0 +1,173 @@
+"""LoRA adapters of PEFT: `peft.save`, `peft.adapter_config` and `peft.load`.
+
+    peft.save(model, variables, "adapter")
+    model = dataclasses.replace(plain, adapter=fdl.build(peft.adapter_config("adapter", plain)))
+    variables |= peft.load("adapter", model)
+
+A folder of `adapter_model.safetensors` and `adapter_config.json`. Nothing is computed on the way:
+what is saved and loaded again has the same bits, and so has what is loaded and saved. The base
+model is one that `architectures/` knows: `lora_factors` says which of its projections have factors,
+`peft_sites` where those lie in files, and `peft_config` what the JSON says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+
+import fiddle as fdl
+import numpy as np
+
+from moejax.errors import UserError
+from moejax.interop import description as descriptions
+from moejax.interop import peft_config, peft_reading, peft_writing
+from moejax.interop.architecture import Architecture
+from moejax.interop.lora_factors import projections
+from moejax.interop.mapping import abstract
+from moejax.interop.peft_sites import equal_bits
+from moejax.interop.tensor_files import DTYPES
+from moejax.interop.tensor_writer import Tensor, appearing_whole, write_file, write_json
+from moejax.models.adapter import Adapter
+from moejax.models.output import Variables
+from moejax.models.transformer import Transformer
+from moejax.models.variables import ADAPTERS
+from moejax.types import named_leaves, tree_of
+
+PathLike = str | os.PathLike[str]
+
+
+def save(
+    model: Transformer,
+    variables: Variables,
+    directory: PathLike,
+    *,
+    base_model: str | None = None,
+    source: PathLike | None = None,
+) -> None:
+    """Writes a folder that `load` and `peft.PeftModel.from_pretrained` read; whole or not at all.
+
+    Args:
+      model: with an adapter, of any known architecture.
+      variables: with the collection `lora`; leaves are arrays, or give one at `[()]`.
+      directory: new or empty.
+      base_model: the name or folder by which PEFT finds the base model on its own.
+      source: a Hugging Face folder of the base model; without it, the architecture is found out.
+
+    Raises:
+      UserError: `directory` holds something, the model has no known architecture, or PEFT has no
+        words for its adapter.
+    """
+    if model.adapter is None:
+        raise UserError("the model has no adapter: save it with `moejax export-hf`")
+    architecture = _architecture(model, source)
+    arrays = {
+        path: np.asarray(x[()]) for path, x in _leaves(variables, model, architecture).items()
+    }
+    config, tensors = peft_writing.content(model, arrays, architecture)
+    files = [
+        Tensor(name=name, shape=x.shape, dtype=x.dtype, compute=lambda x=x: x)
+        for name, x in tensors.items()
+    ]
+    with appearing_whole(pathlib.Path(directory)) as partial:
+        write_file(partial / peft_reading.WEIGHTS, files)
+        write_json(partial / peft_config.FILE, config.json(base_model=base_model))
+        again = _loaded(partial, model, architecture)
+        for path, array in arrays.items():
+            if again[path].dtype != array.dtype or not equal_bits([array, again[path]]):
+                raise ValueError(f"{path} would not be read as it was written")
+
+
+def adapter_config(
+    directory: PathLike, model: Transformer, *, source: PathLike | None = None
+) -> fdl.Config[Adapter]:
+    """The config of the `Adapter` that a PEFT folder holds, for `model`.
+
+    Args:
+      directory: with adapter_config.json and adapter_model.safetensors.
+      model: the base; an adapter that it has is left aside.
+      source: as in `save`.
+
+    Raises:
+      UserError: a file is missing or damaged; the adapter is of another base model, or has what
+        `Adapter` cannot express.
+    """
+    architecture = _architecture(model, source)
+    return peft_reading.read(pathlib.Path(directory), model, architecture).adapter
+
+
+def load(
+    directory: PathLike, model: Transformer, *, source: PathLike | None = None
+) -> dict[str, dict]:
+    """{"lora": the leaves of a PEFT folder}, for a model with that adapter.
+
+    Every leaf has the dtype in which it is stored.
+
+    Raises:
+      UserError: as `adapter_config`; the model has another adapter.
+    """
+    found = _loaded(pathlib.Path(directory), model, _architecture(model, source))
+    return tree_of(found)
+
+
+def stored(
+    directory: PathLike, model: Transformer, *, source: PathLike | None = None
+) -> list[LoadedLeaf]:
+    """`load`, as leaves of a checkpoint; those have paths params/lora/..."""
+    found = _loaded(pathlib.Path(directory), model, _architecture(model, source))
+    return [LoadedLeaf(path=f"params/{path}", array=array) for path, array in found.items()]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadedLeaf:
+    """An array in memory, for whoever writes checkpoints slice by slice."""
+
+    path: str
+    array: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the array."""
+        return self.array.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the array."""
+        return self.array.dtype
+
+    def __getitem__(self, index: tuple[int, ...]) -> np.ndarray:
+        return self.array[index]
+
+
+def _loaded(
+    directory: pathlib.Path, model: Transformer, architecture: Architecture
+) -> dict[str, np.ndarray]:
+    if model.adapter is None:
+        raise UserError("the model has no adapter: give it that of peft.adapter_config")
+    return peft_reading.leaves(peft_reading.read(directory, model, architecture), model)
+
+
+def _architecture(model: Transformer, source: PathLike | None) -> Architecture:
+    if source is None:
+        return descriptions.of(model).architecture
+    path = pathlib.Path(source) / "config.json"
+    return descriptions.of_same_model(path, model).architecture
+
+
+def _leaves(variables: Variables, model: Transformer, architecture: Architecture) -> dict:
+    """{path: leaf} of what the adapter adds; all there, of the model's shapes."""
+    found = named_leaves({ADAPTERS: variables.get(ADAPTERS, {})})
+    wanted = [one.leaf(factor) for one in projections(model, architecture) for factor in "ab"]
+    for path in dict.fromkeys(wanted):
+        if path not in found:
+            raise UserError(f"variables lack the leaf {path}")
+        shape, asked = tuple(found[path].shape), abstract(model)[path].shape
+        if shape != asked:
+            raise UserError(
+                f"the leaf {path} has shape {list(shape)}, but the model asks for {list(asked)}"
+            )
+        if np.dtype(found[path].dtype) not in DTYPES.values():
+            raise UserError(f"the leaf {path} has dtype {found[path].dtype}: use float32")
+    if lost := sorted(found.keys() - set(wanted)):
+        raise UserError(f"the leaf {lost[0]} is none of the model's")
+    return found
