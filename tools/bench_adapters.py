@@ -5,10 +5,10 @@
 
 A dense model of two layers, of Llama's proportions, with every projection adapted; rank 16, and
 mixtures of eight. One compiled step for each method; all alternate within every round.
-`activations` is what every further token adds to the compiler's temporaries (`memory_analysis` of
-the step at one and at two times the tokens) beyond what it adds with one LoRA, as a multiple of
-adapters x rank per adapted projection. Temporaries as such also hold gradients and updates, which
-grow with the adapters and not with the tokens.
+`activations` is what a token in a layer adds to the compiler's temporaries (`memory_analysis` of
+the step with two and six layers, at one and at two times the tokens) beyond what it adds with one
+LoRA, as a multiple of adapters x rank per adapted projection. Temporaries as such also hold
+gradients and updates, which grow with the adapters and not with the tokens.
 
 With --break-even it times one mixture beside a projection (forward and all gradients), computed
 over all adapters and on sorted rows, for more and more adapters: the figure in
@@ -91,7 +91,7 @@ def _methods(args: argparse.Namespace) -> list[dict[str, Any]]:
         for name, run in runs.items():
             times[name].append(run.step())
     one, rows = runs["LoRA"], []
-    unit = NUM_ADAPTERS * RANK * 4 * PROJECTIONS * NUM_LAYERS  # bytes per token
+    unit = NUM_ADAPTERS * RANK * 4 * PROJECTIONS  # bytes per token and layer
     for name, run in runs.items():
         seconds = times[name][1:]
         ratios = [a / b for a, b in zip(seconds, times["LoRA"][1:], strict=True)]
@@ -120,19 +120,42 @@ class _Run:
     """A compiled step and its state."""
 
     def __init__(self, adapter: Adapter, args: argparse.Namespace):
-        heads = args.width // 128
-        block = Block(
-            attention=FullAttention(num_heads=heads, num_kv_heads=heads),
-            ffn=DenseGLU(d_ff=args.width * 11 // 4),
-        )
+        per_token = [
+            (large.temp_bytes - small.temp_bytes) / args.tokens
+            for small, large in (
+                [_Step(adapter, args.width, layers, n * args.tokens) for n in (1, 2)]
+                for layers in (NUM_LAYERS, 3 * NUM_LAYERS)
+            )
+        ]
+        self.bytes_per_token = (per_token[1] - per_token[0]) / (2 * NUM_LAYERS)
+        step = _Step(adapter, args.width, NUM_LAYERS, args.tokens)
+        self.temp_bytes, self._step, self._batch = step.temp_bytes, step.run, step.batch
+        self._state = jax.jit(step.fresh)()
+        self.num_trained = sum(x.size for x in jax.tree.leaves(self._state.params))
+        self.state_bytes = sum(x.nbytes for x in jax.tree.leaves(self._state.opt_state))
+
+    def step(self) -> float:
+        """Seconds of one step."""
+        started = time.perf_counter()
+        self._state, metrics = self._step(self._state, self._batch)
+        jax.block_until_ready((self._state, metrics))
+        return time.perf_counter() - started
+
+
+class _Step:
+    """A step compiled for a number of layers and tokens."""
+
+    def __init__(self, adapter: Adapter, width: int, num_layers: int, num_tokens: int):
+        heads = width // 128
+        attention = FullAttention(num_heads=heads, num_kv_heads=heads)
         model = Transformer(
-            num_layers=NUM_LAYERS,
-            d_model=args.width,
-            block=block,
+            num_layers=num_layers,
+            d_model=width,
+            block=Block(attention=attention, ffn=DenseGLU(d_ff=width * 11 // 4)),
             vocab_size=VOCABULARY,
             adapter=adapter,
         )
-        self._batch = _batch(args.tokens)
+        self.batch = _batch(num_tokens)
         adamw = AdamW(schedule=WarmupCosine(peak=1e-4, warmup_steps=1))
         shapes = parameters(jax.eval_shape(model.init, jax.random.key(0)))
         optimizer = adamw.build(freeze.split(shapes, TRAINABLE)[0], 1000)
@@ -144,23 +167,9 @@ class _Run:
             num_microbatches=1,
             token_bytes=jnp.ones(VOCABULARY, jnp.int32),
         )
-        fresh = lambda: init_state(model, optimizer, Guard(), 0, trainable=TRAINABLE)
-        self._state = jax.jit(fresh)()
-        self.num_trained = sum(x.size for x in jax.tree.leaves(self._state.params))
-        self.state_bytes = sum(x.nbytes for x in jax.tree.leaves(self._state.opt_state))
-        self._step, twice = (
-            jit_step(step).lower(self._state, _batch(n * args.tokens)).compile() for n in (1, 2)
-        )
-        self.temp_bytes = self._step.memory_analysis().temp_size_in_bytes
-        larger = twice.memory_analysis().temp_size_in_bytes
-        self.bytes_per_token = (larger - self.temp_bytes) / args.tokens
-
-    def step(self) -> float:
-        """Seconds of one step."""
-        started = time.perf_counter()
-        self._state, metrics = self._step(self._state, self._batch)
-        jax.block_until_ready((self._state, metrics))
-        return time.perf_counter() - started
+        self.fresh = lambda: init_state(model, optimizer, Guard(), 0, trainable=TRAINABLE)
+        self.run = jit_step(step).lower(jax.eval_shape(self.fresh), self.batch).compile()
+        self.temp_bytes = self.run.memory_analysis().temp_size_in_bytes
 
 
 def _batch(num_tokens: int) -> Batch:

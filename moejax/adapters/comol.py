@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from flax.linen import initializers
 from jaxtyping import Array, Float
@@ -69,9 +70,9 @@ class CoreBank(nn.Module):
     ) -> Float[Array, "B S N"]:
         """s inner (sum_e w_e M_e) B."""
         dtype = inner.dtype
-        gated = inner[..., None, :] * weights[..., None].astype(dtype)  # [B, S, E, r]
         cores = self.cores.astype(dtype).reshape(-1, self.rank)
-        mixed = compat.matmul(gated.reshape(*inner.shape[:2], -1), cores)
+        mix = jax.checkpoint(_mixed, prevent_cse=False)  # or x A would be kept E times
+        mixed = mix(inner, weights.astype(dtype), cores)
         return (self.alpha / self.rank) * compat.matmul(mixed, self.b.astype(dtype))
 
     def delta(
@@ -89,6 +90,11 @@ class CoreBank(nn.Module):
         """The one matrix that weights which all tokens share stand for."""
         core = jnp.einsum("e,erq->rq", weights, self.cores)
         return (self.alpha / self.rank) * (self.a @ core @ self.b)
+
+
+def _mixed(inner: Array, weights: Array, cores: Array) -> Array:
+    gated = inner[..., None, :] * weights[..., None]  # [B, S, E, r]
+    return compat.matmul(gated.reshape(*inner.shape[:2], -1), cores)
 
 
 class InputRoutedCoreBank(CoreBank):

@@ -18,7 +18,7 @@ from moejax.errors import UserError
 from moejax.layers.mixing.bank import LoRABank
 from moejax.layers.mixing.mixture import Mixture, masked, row_balance
 from moejax.layers.mixing.router import BALANCE, Router, check_k
-from moejax.types import Context
+from moejax.types import Context, Terms
 
 ENTROPY = "adapter_entropy"
 _EPS = 1e-5  # added to every probability before the entropy, as the authors' code does
@@ -62,13 +62,20 @@ class EntropySwitch(Router):
         check_k(self.k, self.num_adapters)
         if self.q <= 0 or self.q == 1:
             raise UserError(f"router.q={self.q} must be positive and not 1: 1.1 is the paper's")
-        probs = jax.nn.softmax(self.gate()(x, context), axis=-1)
+        # The logits are all that is kept for the gradients; the rest is computed again from them.
+        weigh = jax.checkpoint(self._weigh, prevent_cse=False)
+        weights, terms = weigh(self.gate()(x, context), context.token_mask)
+        return Mixture(weights=weights, terms={name: terms[name] for name in self.loss_weights})
+
+    def _weigh(self, logits: Array, mask: Array) -> tuple[Array, Terms]:
+        probs = jax.nn.softmax(logits, axis=-1)
         entropy = tsallis_entropy(probs, self.q)
         few = _nucleus(probs, self.top_p, self.k)
         weights = jnp.where(few | (entropy > self.threshold)[..., None], probs, 0)
-        mask = context.token_mask
-        terms = {ENTROPY: masked(entropy, mask), BALANCE: row_balance(weights, probs, mask)}
-        return Mixture(weights=weights, terms={name: terms[name] for name in self.loss_weights})
+        return weights, {
+            ENTROPY: masked(entropy, mask),
+            BALANCE: row_balance(weights, probs, mask),
+        }
 
 
 def tsallis_entropy(probs: Float[Array, "B s E"], q: float) -> Float[Array, "B s"]:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -20,7 +21,7 @@ from moejax.layers.adapter_leaf import adapter_leaf
 from moejax.layers.linear import set_by_owner
 from moejax.layers.mixing.granularity import Token
 from moejax.layers.mixing.mixture import Mixture, row_balance
-from moejax.types import Context, at_least_f32
+from moejax.types import Context, Term, at_least_f32
 
 BALANCE = "adapter_balance"
 # U(-1/sqrt(in), 1/sqrt(in)), what torch draws a Linear from.
@@ -94,15 +95,21 @@ class TopK(Router):
     @nn.compact
     def __call__(self, x: Float[Array, "B S F"], context: Context) -> Mixture:
         check_k(self.k, self.num_adapters)
-        probs = jax.nn.softmax(self.gate()(x, context), axis=-1)
-        _, chosen = jax.lax.top_k(jax.lax.stop_gradient(probs), self.k)
-        picked = is_chosen(chosen, self.num_adapters)
-        kept = jnp.where(picked, probs, 0)
-        terms = {}
-        if self.balance_weight:
-            terms[BALANCE] = row_balance(picked.astype(probs.dtype), probs, context.token_mask)
-        weights = kept / kept.sum(axis=-1, keepdims=True)
+        # The logits are all that is kept for the gradients; the rest is computed again from them.
+        weigh = jax.checkpoint(functools.partial(_largest, self.k), prevent_cse=False)
+        weights, chosen, balance = weigh(self.gate()(x, context), context.token_mask)
+        terms = {BALANCE: balance} if self.balance_weight else {}
         return Mixture(weights=weights, chosen=chosen, terms=terms)
+
+
+def _largest(k: int, logits: Array, mask: Array) -> tuple[Array, Array, Term]:
+    """(weights, chosen adapters, load balance)."""
+    probs = jax.nn.softmax(logits, axis=-1)
+    _, chosen = jax.lax.top_k(jax.lax.stop_gradient(probs), k)
+    picked = is_chosen(chosen, logits.shape[-1])
+    kept = jnp.where(picked, probs, 0)
+    balance = row_balance(picked.astype(probs.dtype), probs, mask)
+    return kept / kept.sum(axis=-1, keepdims=True), chosen, balance
 
 
 def is_chosen(chosen: Int[Array, "B s k"], num_adapters: int) -> Bool[Array, "B s E"]:
