@@ -13,7 +13,7 @@ from typing import get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from moejax.errors import UserError
 from moejax.kernels import compat
@@ -32,8 +32,8 @@ def moba_attention(
     *,
     block_size: int,
     top_k: int,
-    segment_ids: Int[Array, "B M"] | None = None,
-    q_offset: Int[Array, ""] | int = 0,
+    segment_ids: Int[ArrayLike, "B M"] | None = None,
+    q_offset: Int[ArrayLike, ""] = 0,
     scale: float | None = None,
     heads: Heads = "query",
     implementation: str | None = None,
@@ -75,9 +75,10 @@ def moba_attention(
     sizes = {"block_size": block_size, "top_k": top_k}
     _check(q, k, v, segment_ids, heads, **sizes)
     scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
-    if isinstance(q_offset, np.integer):
+    if not isinstance(q_offset, jax.core.Tracer):
         q_offset = int(q_offset)
     broken = _broken(segment_ids, q_offset, q.shape[1], k.shape[1])
+    segment_ids = None if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
     if implementation == "reference":
         options = {"segment_ids": segment_ids, "q_offset": q_offset, "scale": scale}
         out = reference.moba_attention(q, k, v, **sizes, **options, heads=heads)
@@ -119,34 +120,28 @@ def _cut(block_size, top_k, heads, q, k, v, segment_ids, q_offset):
 
 
 def _vary_alike(q, k, v, segment_ids, q_offset):
-    """All, but an offset that is a number."""
-    fixed = q_offset if isinstance(q_offset, int) else None
-    *arrays, traced = compat.vary_alike(
-        (q, k, v, segment_ids, None if fixed is not None else q_offset)
-    )
-    return *arrays, traced if fixed is None else fixed
+    """All of them, but for an offset that is a number."""
+    if isinstance(q_offset, int):
+        return *compat.vary_alike((q, k, v, segment_ids)), q_offset
+    return compat.vary_alike((q, k, v, segment_ids, q_offset))
 
 
 def _broken(segment_ids, q_offset, num_queries: int, num_keys: int) -> Array | None:
     """Which rows have segments or an offset that do not fit, where only the values say so."""
     found = None
-    if segment_ids is not None:
-        fits = ordered(jnp.asarray(segment_ids))
-        if not isinstance(fits, jax.core.Tracer):
-            if not bool(jnp.all(fits)):
-                row = int(jnp.argmin(fits))
-                raise UserError(
-                    f"moba_attention got segment_ids whose row {row} decreases, or returns after "
-                    "padding; sort the segments of a row by id and put padding, 0, at the end"
-                )
-        else:
-            found = ~fits
+    if isinstance(segment_ids, jax.core.Tracer):
+        found = ~ordered(segment_ids)
+    elif segment_ids is not None and not (fits := ordered(np.asarray(segment_ids))).all():
+        raise UserError(
+            f"moba_attention got segment_ids whose row {fits.argmin()} decreases, or goes on after "
+            "padding; number the segments of a row from 1 on and put padding, 0, at the end"
+        )
     if isinstance(q_offset, jax.core.Tracer):
         outside = (q_offset < 0) | (q_offset > num_keys - num_queries)
         found = outside[None] if found is None else found | outside
-    elif not 0 <= int(q_offset) <= num_keys - num_queries:
+    elif not 0 <= q_offset <= num_keys - num_queries:
         raise UserError(
-            f"moba_attention got q_offset {int(q_offset)} for {num_queries} queries and {num_keys} "
+            f"moba_attention got q_offset {q_offset} for {num_queries} queries and {num_keys} "
             "keys; every query must be the token of a key: pass 0 <= q_offset <= M - S"
         )
     return found

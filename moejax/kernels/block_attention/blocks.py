@@ -13,7 +13,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Bool, Float, Int
+from jaxtyping import ArrayLike, Bool, Float, Int
 
 OWN_TILE = 256  # queries that meet their own block at a time
 
@@ -144,8 +144,8 @@ def _reach(regular: bool, q_offset: Array | int, num_queries: int, block_size: i
     return 0 if q_offset == 0 and num_queries <= tile else block_size
 
 
-def ordered(segment_ids: Int[Array, "B M"]) -> Bool[Array, " B"]:
+def ordered(segment_ids: Int[ArrayLike, "B M"]) -> Bool[ArrayLike, " B"]:
     """Whether a row's ids never decrease, but for padding (0), which is all at the end."""
     now, then = segment_ids[:, :-1], segment_ids[:, 1:]
-    fits = jnp.where(then == 0, now >= 0, (now > 0) & (then >= now))
-    return jnp.all(fits, axis=1) & (segment_ids[:, 0] >= 0)
+    fits = ((then == 0) & (now >= 0)) | ((now > 0) & (then >= now))
+    return fits.all(axis=1) & (segment_ids[:, 0] >= 0)
