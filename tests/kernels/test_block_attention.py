@@ -10,6 +10,7 @@ from moejax.kernels.block_attention import (
     blocks,
     combine,
     implementations,
+    operands,
     packed,
 )
 from moejax.kernels.block_attention import conformance as kit
@@ -58,8 +59,8 @@ def _no_window(*_):
     return 0
 
 
-def _last_of_equals(*args, select=block_attention.select, **options):
-    """Another block than the best."""
+def _another_block(*args, select=operands.select, **options):
+    """The one before the best."""
     targets, blocks = select(*args, **options), args[2]
     lower = targets - 1 >= blocks.first_target[:, None, None, :, None]
     return jnp.where((targets < blocks.num_targets) & lower, targets - 1, targets)
@@ -75,7 +76,7 @@ def _own_part_alone(own, own_lse, rows, rows_lse, slots):
     "place, name, mistake, found_by, not_by",
     [
         (blocks, "_reach", _no_window, "segments", "whole blocks"),
-        (block_attention, "select", _last_of_equals, "whole blocks", "every block"),
+        (operands, "select", _another_block, "whole blocks", "every block"),
         (packed, "combine", _own_part_alone, "grouped queries", "own block alone"),
     ],
 )

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from moejax.errors import UserError
-from moejax.kernels import block_attention
-from moejax.kernels.block_attention import moba_attention
+from moejax.kernels.block_attention import moba_attention, operands
 
 EVERY = pytest.mark.parametrize("implementation", ["scan", "packed"])
 B, K = 8, 3
@@ -84,12 +83,12 @@ def test_gradients_are_those_of_constant_choices(monkeypatch, implementation):
     arrays = draw(heads=4)
     made = []
 
-    def recorded(*args, select=block_attention.select, **options):
+    def recorded(*args, select=operands.select, **options):
         made.append(select(*args, **options))
         return made[0]
 
     options = {"block_size": B, "top_k": K, "implementation": implementation}
-    monkeypatch.setattr(block_attention, "select", recorded)
+    monkeypatch.setattr(operands, "select", recorded)
     moba_attention(*arrays[:3], **options)  # now known, and a constant from here on
     constant = compiled(**options)(*arrays)
     monkeypatch.undo()

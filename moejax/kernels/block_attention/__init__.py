@@ -18,9 +18,10 @@ from jaxtyping import Array, ArrayLike, Float, Int
 from moejax.errors import UserError
 from moejax.kernels import compat
 from moejax.kernels.block_attention import reference
-from moejax.kernels.block_attention.blocks import Blocks, cut_blocks, ordered
+from moejax.kernels.block_attention.blocks import Blocks, ordered
 from moejax.kernels.block_attention.implementations import IMPLEMENTATIONS, Choice, choose, module
-from moejax.kernels.block_attention.selection import Heads, select
+from moejax.kernels.block_attention.operands import make_operands
+from moejax.kernels.block_attention.selection import Heads
 
 __all__ = ["IMPLEMENTATIONS", "Heads", "moba_attention"]
 
@@ -87,36 +88,10 @@ def moba_attention(
         dtype = jnp.result_type(q, k, v)
         choice = choose(implementation, dtype, num_keys=k.shape[1], **sizes)
         q, k, v, segment_ids, q_offset = _vary_alike(q, k, v, segment_ids, q_offset)
-        cut = functools.partial(_cut, block_size, top_k, heads)
-        out = _attention(choice, scale, *cut(q, k, v, segment_ids, q_offset))
+        by_head = make_operands(q, k, v, segment_ids, q_offset, **sizes, heads=heads)
+        out = _attention(choice, scale, *by_head)
         out = jnp.moveaxis(out, 3, 1).reshape(*out.shape[:1], out.shape[3], -1, out.shape[-1])
     return out if broken is None else jnp.where(broken[:, None, None, None], jnp.nan, out)
-
-
-def _cut(block_size, top_k, heads, q, k, v, segment_ids, q_offset):
-    """Operands by head, without padding; the blocks; the choices, None for every block."""
-    (num_rows, num_queries, _, width), (num_keys, num_kv) = q.shape, k.shape[1:3]
-    blocks = cut_blocks(
-        segment_ids,
-        q_offset,
-        block_size=block_size,
-        num_rows=num_rows,
-        num_keys=num_keys,
-        num_queries=num_queries,
-    )
-    if segment_ids is not None:
-        keep = lambda x, real: jnp.where(real[:, :, None, None], x, 0)
-        q = keep(q, blocks.own >= 0)
-        k, v = keep(k, segment_ids != 0), keep(v, segment_ids != 0)
-    q = jnp.moveaxis(q.reshape(num_rows, num_queries, num_kv, -1, width), 1, 3)
-    k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
-    targets = None
-    if top_k == 1:
-        targets = jnp.zeros((num_rows, num_kv, 1, num_queries, 0), jnp.int32)
-    elif blocks.num_targets >= top_k:
-        targets = select(q, k, blocks, num_choices=top_k - 1, heads=heads)
-    dtype = jnp.result_type(q, k, v)
-    return q.astype(dtype), k.astype(dtype), v.astype(dtype), blocks, targets
 
 
 def _vary_alike(q, k, v, segment_ids, q_offset):
