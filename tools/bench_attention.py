@@ -10,7 +10,7 @@ that choices are scattered over all blocks, the worst for locality):
                --dense-limit keys, as the next but one
     blockwise  full causal attention, memory linear in the length: "scan" with all blocks attended,
                in blocks of 256, which skips what lies behind a query
-    jax.nn     full causal attention: jax.nn.dot_product_attention, whose scores over all pairs exist
+    jax.nn     full causal attention: jax.nn.dot_product_attention, with scores over all pairs
 
 `forward` is one call, `both` the value and the gradients of q, k and v. Contenders take turns, and
 medians are printed with the ratio to the faster full attention, by the clock and by the seconds of
@@ -145,9 +145,8 @@ def main(words: Sequence[str] | None = None) -> int:
     print(
         f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}, ", end=""
     )
-    print(
-        f"load {os.getloadavg()[0]:.1f}; ms (times as fast as the faster full attention: clock, processor)"
-    )
+    print(f"load {os.getloadavg()[0]:.1f}")
+    print("ms (times as fast as the faster full attention: by the clock, by processor seconds)")
     for length in args.lengths:
         for which in PASSES:
             rows = measure(length, which, args)

@@ -16,27 +16,34 @@ from moejax.kernels.block_attention import (
 from moejax.kernels.block_attention import conformance as kit
 
 BY_NAME = {case.name: case for case in kit.CASES}
-CASES = pytest.mark.parametrize("case", kit.CASES, ids=list(BY_NAME))
 PORTABLE = ("scan", "packed")
 FEW = ("ragged tail, narrow values", "chosen by the group", "segments", "queries of segments")
+OFTEN = {("packed", name) for name in (*FEW, "own block alone", "everyone chooses one block")}
+OFTEN.add(("scan", "segments"))
+RUNS = [
+    pytest.param(name, case, marks=() if (name, case.name) in OFTEN else pytest.mark.slow)
+    for name in PORTABLE
+    for case in kit.CASES
+]
 
 
 def test_every_implementation_is_tested_somewhere():
     assert set(IMPLEMENTATIONS) == set(PORTABLE)
 
 
-@CASES
-@pytest.mark.parametrize("name", PORTABLE)
+@pytest.mark.parametrize("name, case", RUNS, ids=lambda x: getattr(x, "name", x))
 def test_agrees_with_the_definition(name, case):
     assert not kit.failures(name, case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", FEW)
 @pytest.mark.parametrize("name", PORTABLE)
 def test_bfloat16(name, case):
     assert not kit.failures(name, BY_NAME[case], dtype="bfloat16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", FEW)
 @pytest.mark.parametrize("name", PORTABLE)
 def test_float64(name, case):
@@ -45,6 +52,7 @@ def test_float64(name, case):
         assert not kit.failures(name, BY_NAME[case], dtype="float64")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", [("scan", "packed"), ("packed", "scan")])
 def test_each_product_may_have_an_implementation_of_its_own(monkeypatch, choice):
     chosen = implementations.Choice(*choice)

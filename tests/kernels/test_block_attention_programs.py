@@ -38,6 +38,21 @@ def largest(text: str) -> int:
     return max(math.prod(map(int, shape.rstrip("x").split("x"))) for shape in set(shapes))
 
 
+def summing_scatters(text: str) -> list[str]:
+    """Scatters that do anything but put a value in its place."""
+    bodies = re.findall(r'"stablehlo.scatter".*?\^bb0[^\n]*\n\s*([^\n]*)', text, flags=re.DOTALL)
+    assert len(bodies) == text.count('"stablehlo.scatter"')
+    return [body for body in bodies if "stablehlo.return" not in body]
+
+
+def test_a_summing_scatter_would_be_found():
+    add = jax.jit(lambda x, i, y: x.at[i].add(y))
+    put = jax.jit(lambda x, i, y: x.at[i].set(y))
+    x, i = jnp.zeros(5), jnp.zeros(3, int)
+    assert len(summing_scatters(add.lower(x, i, x[:3]).as_text())) == 1
+    assert not summing_scatters(put.lower(x, i, x[:3]).as_text())
+
+
 @pytest.mark.parametrize("segmented", [False, True])
 @pytest.mark.parametrize("implementation", ["scan", "packed"])
 def test_no_array_over_all_pairs_on_any_platform(implementation, segmented):
@@ -46,6 +61,7 @@ def test_no_array_over_all_pairs_on_any_platform(implementation, segmented):
         implementation, platforms=("cpu", "tpu", "cuda"), segmented=segmented, **SMALL
     ):
         assert largest(text) < HEADS * N * TARGETS < N * N
+        assert not summing_scatters(text)
 
 
 def test_the_definition_has_such_an_array():

@@ -10,7 +10,9 @@ import pytest
 from moejax.errors import UserError
 from moejax.kernels.block_attention import moba_attention, operands
 
-EVERY = pytest.mark.parametrize("implementation", ["scan", "packed"])
+EVERY = pytest.mark.parametrize(
+    "implementation", ["packed", pytest.param("scan", marks=pytest.mark.slow)]
+)
 B, K = 8, 3
 
 
@@ -149,7 +151,7 @@ def test_recomputed_in_the_backward_pass(implementation):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("segmented", [False, True])
-@EVERY
+@pytest.mark.parametrize("implementation", ["packed", "scan"])
 def test_queries_over_devices_inside_shard_map(implementation, segmented):
     """Each device has its part of the queries and all keys, whose gradients are summed."""
     mesh = jax.make_mesh((4,), ("context",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -172,7 +174,7 @@ def test_queries_over_devices_inside_shard_map(implementation, segmented):
 
 
 @pytest.mark.slow
-@EVERY
+@pytest.mark.parametrize("implementation", ["packed", "scan"])
 def test_batch_over_devices_inside_shard_map(implementation):
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     attend = functools.partial(moba_attention, block_size=B, top_k=K, implementation=implementation)
