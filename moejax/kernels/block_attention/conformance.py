@@ -65,6 +65,7 @@ CASES = (
     Case("one query", 96, 16, 3, ((30, 50),), offset=70, queries=1),
     Case("queries of segments", 96, 8, 3, ((30, 50), (90,)), offset=24, queries=60),
     Case("a block taller than a tile", 700, 300, 2, num_heads=1, kv_heads=1, width=8),
+    Case("a block of two tiles", 1100, 512, 2, num_heads=1, kv_heads=1, width=8),
     Case("such a block in segments", 700, 300, 2, ((90, 610),), num_heads=1, kv_heads=1, width=8),
 )
 
