@@ -26,9 +26,9 @@ IMPLEMENTATIONS = ("scan", "packed")
 PRODUCTS = ("forward", "backward")
 DTYPES = ("float32", "bfloat16")  # for which the conformance kit has tolerances
 
-# From so many times the keys that a query attends on, packing is faster than computing every pair:
-# measured on CPU (docs/benchmarks.md).
-CROSSOVER = 4
+# From so many times the keys that a query attends on, packing costs no more than computing every
+# pair, and less with the gradients: measured on CPU (docs/benchmarks.md).
+CROSSOVER = 2
 
 
 class Choice(NamedTuple):
