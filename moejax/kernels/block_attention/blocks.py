@@ -61,10 +61,7 @@ class Blocks:
         return jnp.where(may, target, self.num_targets)
 
     def of_keys(self, x: Float[Array, "M w"]) -> Float[Array, "J b w"]:
-        """The keys of every target, for one row; entries that are no target hold anything finite.
-
-        Finite where `x` is.
-        """
+        """The keys of every target, for one row; some keys in entries that are no target."""
         size, width = self.block_size, x.shape[-1]
         if self.regular:
             return x[: self.num_targets * size].reshape(-1, size, width)
