@@ -5,11 +5,12 @@ import pytest
 
 from moejax.commands import main
 from moejax.kernels import accepted, compat, least_loaded, verification
+from moejax.kernels.block_attention import conformance as block_kit
 from moejax.kernels.expert_mlp import conformance as mlp_kit
 from moejax.kernels.grouped_matmul import conformance as kit
 from moejax.kernels.grouped_matmul import implementations, tile_scan
 from moejax.kernels.least_loaded import conformance as plan_kit
-from moejax.kernels.verification import Result, grouped_matmul
+from moejax.kernels.verification import Result, block_attention, grouped_matmul
 
 LOADS = np.int32([90, 0, 80, 0])
 PLANS = ["verify-kernels", "--dtype", "int32"]
@@ -32,6 +33,8 @@ def short(monkeypatch, tmp_path):
     monkeypatch.setattr(kit, "SHAPE_CASES", kit.SHAPE_CASES[-1:])
     monkeypatch.setattr(kit, "WIDE_CASES", kit.SHAPE_CASES[:1])
     monkeypatch.setattr(plan_kit, "CASES", plan_kit.CASES[5:6])
+    monkeypatch.setattr(block_kit, "CASES", block_kit.CASES[:1])
+    monkeypatch.setattr(block_attention, "CPU", block_attention.Sizes(96, 2, 1, 8, 8, 2))
     monkeypatch.setattr(grouped_matmul, "ACTIVATIONS", ("silu",))
     monkeypatch.setattr(grouped_matmul, "CPU", grouped_matmul.Sizes(64, 16, 32, 4))
     for kernel in verification.KERNELS:
@@ -58,6 +61,8 @@ def printed_lines(capsys):
 def test_prints_a_table_and_stores_nothing_unless_told(capsys):
     assert main(["verify-kernels", "--dtype", "float32"]) == 0
     out, lines = printed_lines(capsys)
+    assert "block_attention, float32: 96 keys" in out
+    assert "1 passed" in lines["packed"]
     assert "grouped_matmul, float32: 64 rows" in out
     assert "least_loaded" not in lines  # plans are of int32
     assert "passed" in lines["tile_scan"]
@@ -181,7 +186,7 @@ def test_a_kernel_that_fails_only_when_timed_is_named_and_never_chosen(capsys, m
 def test_unknown_implementation(capsys):
     assert main(["verify-kernels", "--implementation", "cublas"]) == 2
     message = capsys.readouterr().err
-    assert "no implementation 'cublas'; use one of tile_scan" in message
+    assert "no implementation 'cublas'; use one of scan, packed, tile_scan" in message
     assert "jnp, pallas" in message
 
 

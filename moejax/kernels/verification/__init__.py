@@ -24,9 +24,9 @@ from types import ModuleType
 import jax
 import numpy as np
 
-from moejax.kernels.verification import grouped_matmul, least_loaded
+from moejax.kernels.verification import block_attention, grouped_matmul, least_loaded
 
-KERNELS = (grouped_matmul, least_loaded)
+KERNELS = (block_attention, grouped_matmul, least_loaded)
 
 
 @dataclasses.dataclass
