@@ -22,7 +22,6 @@ _FREE = {
     "name",
     "param_dtype",
     "parent",
-    "query_blocks",
     "remat",
     "transport",
     "unroll",
