@@ -8,6 +8,7 @@ logits, Gemma 2, arXiv 2408.00118.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -22,6 +23,7 @@ from moejax.layers import decoding_cache
 from moejax.layers.linear import Linear
 from moejax.layers.norm import RMSNorm
 from moejax.layers.rope import Rope
+from moejax.parallel.context_parallel import FewestBytes, Way
 from moejax.types import Context
 
 
@@ -44,6 +46,8 @@ class FullAttention(nn.Module):
       soft_cap: logits become `soft_cap tanh(logits / soft_cap)` (Gemma 2); None leaves them.
       linear: prototype of the four projections; adapters replace it.
       implementation: of the kernel in training; None lets it choose.
+      context_parallel: how queries meet keys on other devices where `mesh.context` splits rows, of
+        `moejax.parallel.context_parallel`; by default what moves fewest bytes.
 
     Softmax and its sums are in at least float32. Decoding keeps keys and values in the
     collection `cache`, one slot per position, so a row of the batch is one sequence; a position
@@ -61,6 +65,7 @@ class FullAttention(nn.Module):
     soft_cap: float | None = None
     linear: nn.Module = dataclasses.field(default_factory=Linear)
     implementation: str | None = None
+    context_parallel: Way = dataclasses.field(default_factory=FewestBytes)
 
     @nn.compact
     def __call__(self, x: Float[Array, "B S D"], context: Context) -> Float[Array, "B S D"]:
@@ -90,16 +95,7 @@ class FullAttention(nn.Module):
         if context.decode:
             out = self._attend_cache(q, k, v, context, sinks)
         else:
-            out = full_attention(
-                q,
-                k,
-                v,
-                segment_ids=context.segment_ids,
-                window=context.window,
-                sinks=sinks,
-                soft_cap=self.soft_cap,
-                implementation=self.implementation,
-            )
+            out = self._attend(q, k, v, context, sinks)
         output = self.linear.copy(
             features=d_model, use_bias=self.use_output_bias, axes=("heads", "embed"), name="output"
         )
@@ -119,6 +115,25 @@ class FullAttention(nn.Module):
                 "change one of them or set attention.head_dim"
             )
         return d_model // self.num_heads
+
+    def _attend(self, q: Array, k: Array, v: Array, context: Context, sinks: Array | None) -> Array:
+        def attend(q: Array, k: Array, v: Array, ids: Array, offset: Any, *sinks: Array) -> Array:
+            return full_attention(
+                q,
+                k,
+                v,
+                segment_ids=ids,
+                window=context.window,
+                sinks=sinks[0] if sinks else None,
+                soft_cap=self.soft_cap,
+                q_offset=offset,
+                implementation=self.implementation,
+            )
+
+        per_head = () if sinks is None else (sinks,)
+        if self.is_initializing():  # with a row of any length
+            return attend(q, k, v, context.segment_ids, 0, *per_head)
+        return self.context_parallel(attend, q, k, v, context.segment_ids, *per_head)
 
     def _attend_cache(
         self, q: Array, k: Array, v: Array, context: Context, sinks: Array | None

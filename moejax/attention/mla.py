@@ -6,6 +6,7 @@ DeepSeek-AI, "DeepSeek-V2", arXiv 2405.04434, section 2.1 and appendix C; DeepSe
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from moejax.layers import decoding_cache
 from moejax.layers.linear import Linear, matrix_of
 from moejax.layers.norm import RMSNorm
 from moejax.layers.rope import Rope, YarnScaling
+from moejax.parallel.context_parallel import FewestBytes, Way
 from moejax.types import Context
 
 # A latent is small and whole on every device; "embed" splits the matrices on both sides of it.
@@ -47,6 +49,7 @@ class MultiHeadLatentAttention(nn.Module):
       linear: prototype of the projections; adapters replace it. `kv_up` has to be one matrix for
         all tokens where decoding is wanted (`layers.linear.matrix_of`).
       implementation: of the kernel in training; None lets it choose.
+      context_parallel: as in `FullAttention`.
 
     Training expands keys and values. Decoding keeps `kv_lora_rank + rope_head_dim` numbers per
     position in the collection `cache` and expands none of them: the queries are multiplied by W_key
@@ -65,6 +68,7 @@ class MultiHeadLatentAttention(nn.Module):
     use_bias: bool = False
     linear: nn.Module = dataclasses.field(default_factory=Linear)
     implementation: str | None = None
+    context_parallel: Way = dataclasses.field(default_factory=FewestBytes)
 
     @property
     def head_widths(self) -> tuple[int, int]:
@@ -92,17 +96,26 @@ class MultiHeadLatentAttention(nn.Module):
             q = jnp.concatenate([q, q_rotated], -1)
             k_rotated = jnp.broadcast_to(k_rotated, q_rotated.shape)
             k = jnp.concatenate([kv[..., :nope], k_rotated], -1)
-            out = full_attention(
-                q,
-                k,
-                kv[..., nope:],
-                segment_ids=context.segment_ids,
-                window=context.window,
-                scale=self._scale(),
-                implementation=self.implementation,
-            )
+            out = self._attend(q, k, kv[..., nope:], context)
         output = self._linear("output", d_model, ("heads", "embed"), self.use_bias)
         return output(out.reshape(batch, length, -1), context)
+
+    def _attend(self, q: Array, k: Array, v: Array, context: Context) -> Array:
+        def attend(q: Array, k: Array, v: Array, ids: Array, offset: Any) -> Array:
+            return full_attention(
+                q,
+                k,
+                v,
+                segment_ids=ids,
+                window=context.window,
+                scale=self._scale(),
+                q_offset=offset,
+                implementation=self.implementation,
+            )
+
+        if self.is_initializing():  # with a row of any length
+            return attend(q, k, v, context.segment_ids, 0)
+        return self.context_parallel(attend, q, k, v, context.segment_ids)
 
     def _queries(self, x: Array, context: Context) -> tuple[Array, Array]:
         """The parts `[B, S, H, ...]` of the queries: as they are, and rotated."""

@@ -12,6 +12,7 @@ from moejax.balance.rule import Rule
 _FREE = {
     "adapter",
     "boundaries",
+    "context_parallel",
     "down_init",
     "dtype",
     "embed_init",
