@@ -183,6 +183,23 @@ def test_a_sequence_that_does_not_divide_is_one_clear_sentence(way):
         WAYS[way](functools.partial(attend, window=None), *odd, sinks)
 
 
+@pytest.mark.parametrize("length", [LENGTH, 600])
+def test_the_kernel_within_a_shard_map_that_checks_what_varies(length):
+    """Sinks that all devices share get the sum of their gradients; rows short and long."""
+    rng = np.random.default_rng(2)
+    q, k, v = (jnp.asarray(rng.standard_normal((2, length, n, 4)), jnp.float32) for n in (2, 1, 1))
+    sinks = jnp.asarray(rng.standard_normal(2), jnp.float32)
+    attend = lambda q, k, v, sinks: full_attention(q, k, v, sinks=sinks)
+    rows = jax.P("data")
+    sharded = jax.shard_map(attend, in_specs=(rows, rows, rows, jax.P()), out_specs=rows)
+    loss = lambda f: jax.grad(lambda *x: jnp.square(f(*x)).sum(), argnums=(0, 1, 2, 3))
+    expected = jax.jit(loss(attend))(q, k, v, sinks)
+    with jax.set_mesh(Mesh(data=2).build()):
+        got = jax.jit(loss(sharded))(q, k, v, sinks)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+
+
 ATTENTIONS = {
     "full": FullAttention(num_heads=8, num_kv_heads=2, head_dim=4, use_sinks=True, soft_cap=3.0),
     "latent": MultiHeadLatentAttention(

@@ -17,7 +17,7 @@ from jax import Array
 from jaxtyping import ArrayLike, Float, Int
 
 from moejax.errors import UserError
-from moejax.kernels import dispatch
+from moejax.kernels import compat, dispatch
 from moejax.kernels.full_attention.call import Call, read_rows
 
 __all__ = ["DTYPES", "IMPLEMENTATIONS", "PRODUCTS", "Call", "full_attention", "obstacle"]
@@ -68,6 +68,8 @@ def full_attention(
       ValueError: shapes that do not fit together.
       UserError: a window, cap or implementation that cannot be.
     """
+    # Within shard_map, gradients of what several devices share are sums over all of them.
+    q, k, v, sinks = compat.vary_alike((q, k, v, sinks))
     call = Call(
         segment_ids=None if segment_ids is None else jnp.asarray(segment_ids),
         sinks=sinks,
