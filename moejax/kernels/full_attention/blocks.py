@@ -30,7 +30,7 @@ from moejax.kernels.full_attention.softmax import (
 )
 from moejax.types import at_least_f32
 
-# Of a block. On CPU 128 take 1.1 to 1.65 times as long and 512 take 1.15 to 1.6, forward and
+# Of a block. On CPU 128 take 1.05 to 1.65 times as long and 512 take 1.15 to 1.6, forward and
 # backward, at 1024 and 4096 positions. Elsewhere not measured.
 QUERIES, KEYS = 256, 256
 

@@ -17,9 +17,9 @@ from moejax.kernels.full_attention import blocks
 from moejax.kernels.full_attention.call import Call, in_reach, same_segment
 from moejax.kernels.full_attention.softmax import heads_first, heads_last, softmax_attention
 
-# Measured on CPU in float32, forward and backward: `softmax.py` takes 0.65 to 0.95 of the time of
-# `blocks.py` at 256 and 512 keys, and 1.15 to 1.35 at 768 and 1024.
-SHORT = 512  # keys
+# On CPU, forward and backward, `softmax.py` takes 0.65 to 0.95 of the time of `blocks.py` at 512
+# keys in float32 and 1.15 in bfloat16, and at 768 and 1024 keys 1.15 to 1.5 in either.
+SHORT = 512
 # Of a short row: four blocks, as long as they have 64 queries. Two take 1.15 times as long at 256.
 MOST_BLOCKS, LEAST_QUERIES = 4, 64
 
