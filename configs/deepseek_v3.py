@@ -16,7 +16,7 @@ Ours      the largest batch from the first step on (theirs grows from 3,072 to i
           one linear fall over the last 4.8T tokens (theirs: a cosine over 4.3T, then two constant
           rates), the selection bias moves until the end (theirs stops 500B before it), no loss of
           the token after the next, float32 weights and bfloat16 products (theirs: 8 bits),
-          initialisation by fan-in (theirs: normal, 0.006), remat, query_blocks, the meshes, and all
+          initialisation by fan-in (theirs: normal, 0.006), remat, the meshes, and all
           of `tuning`'s numbers. The YaRN of the released model is kept from the first step on;
           theirs came with long texts: model.block.attention.rope.scaling=None leaves it out.
 """
@@ -77,7 +77,6 @@ def config() -> Experiment:
                         ),
                     ),
                     latent_norm=RMSNorm(epsilon=1e-6),
-                    query_blocks=4,
                     linear=Linear(),
                 ),
                 ffn=MoE(
@@ -151,7 +150,6 @@ def smoke() -> fdl.Config:
     small.model.d_model = 32
     small.model.first_k_dense = 1
     small.model.dense_ffn.d_ff = 32
-    small.model.block.attention.query_blocks = 1
     small.model.block.attention.num_heads = 2
     small.model.block.attention.q_lora_rank = 16
     small.model.block.attention.kv_lora_rank = 8

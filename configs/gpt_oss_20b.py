@@ -69,7 +69,6 @@ def config() -> Experiment:
                     use_bias=True,
                     use_output_bias=True,
                     use_sinks=True,
-                    query_blocks=4,
                     linear=Linear(),
                 ),
                 ffn=MoE(
@@ -133,7 +132,6 @@ def smoke() -> fdl.Config:
     small.model.num_layers = 2
     small.model.windows = (16, None)
     small.model.d_model = 32
-    small.model.block.attention.query_blocks = 1
     small.model.block.attention.num_heads = 4
     small.model.block.attention.num_kv_heads = 1
     small.model.block.attention.head_dim = 8

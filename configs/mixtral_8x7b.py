@@ -57,7 +57,6 @@ def config() -> Experiment:
                     num_heads=32,
                     num_kv_heads=8,
                     rope=Rope(theta=1_000_000.0),
-                    query_blocks=4,
                     linear=Linear(),
                 ),
                 ffn=MoE(
@@ -119,7 +118,6 @@ def smoke() -> fdl.Config:
     small.model.remat = "none"
     small.model.num_layers = 2
     small.model.d_model = 32
-    small.model.block.attention.query_blocks = 1
     small.model.block.attention.num_heads = 2
     small.model.block.attention.num_kv_heads = 1
     small.model.block.ffn.num_experts = 4

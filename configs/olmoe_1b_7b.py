@@ -11,7 +11,7 @@ Numbers   architecture: config.json of allenai/OLMoE-1B-7B-0924. Training: arXiv
           10, its first 5,033B tokens. Both auxiliary losses are means over layers, as there.
 Ours      the balance loss is over the global batch (theirs: over a device's share of it), no decay
           of norms and embeddings, initialisation by fan-in (theirs: normal, 0.02, cut at 0.06), no
-          annealing stage, remat, query_blocks, the meshes, and all of `tuning`'s numbers.
+          annealing stage, remat, the meshes, and all of `tuning`'s numbers.
 """
 
 import fiddle as fdl
@@ -59,7 +59,6 @@ def config() -> Experiment:
                     num_kv_heads=16,
                     rope=Rope(theta=10_000.0),
                     qk_norm=RMSNorm(epsilon=1e-5, num_axes=2),
-                    query_blocks=4,
                     linear=Linear(),
                 ),
                 ffn=MoE(
@@ -121,7 +120,6 @@ def smoke() -> fdl.Config:
     small.model.remat = "none"
     small.model.num_layers = 2
     small.model.d_model = 32
-    small.model.block.attention.query_blocks = 1
     small.model.block.attention.num_heads = 2
     small.model.block.attention.num_kv_heads = 2
     small.model.block.ffn.num_experts = 8

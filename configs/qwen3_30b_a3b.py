@@ -13,7 +13,7 @@ Numbers   architecture: config.json of Qwen/Qwen3-30B-A3B. arXiv 2505.09388, sec
           that it weighs counts every choice of a token.
 Ours      batch (and so the steps), learning rate, warm-up and decay, which the paper predicts by
           scaling laws that it does not print. Its later stages (5T tokens of reasoning, then long
-          texts) are left out. Remat, query_blocks, the meshes, and all of `tuning`'s numbers.
+          texts) are left out. Remat, the meshes, and all of `tuning`'s numbers.
 """
 
 import fiddle as fdl
@@ -61,7 +61,6 @@ def config() -> Experiment:
                     head_dim=128,
                     rope=Rope(theta=1_000_000.0),
                     qk_norm=RMSNorm(epsilon=1e-6),
-                    query_blocks=4,
                     linear=Linear(),
                 ),
                 ffn=MoE(
@@ -123,7 +122,6 @@ def smoke() -> fdl.Config:
     small.model.remat = "none"
     small.model.num_layers = 2
     small.model.d_model = 32
-    small.model.block.attention.query_blocks = 1
     small.model.block.attention.num_heads = 2
     small.model.block.attention.num_kv_heads = 1
     small.model.block.attention.head_dim = 8

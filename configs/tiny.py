@@ -51,7 +51,6 @@ def config() -> Experiment:
                     num_kv_heads=2,
                     rope=Rope(theta=10_000.0),
                     qk_norm=RMSNorm(),
-                    query_blocks=4,
                     linear=Linear(),
                 ),
                 ffn=MoE(
@@ -92,7 +91,6 @@ def smoke() -> fdl.Config:
     small.model.d_model = 32
     small.model.block.attention.num_heads = 2
     small.model.block.attention.num_kv_heads = 1
-    small.model.block.attention.query_blocks = 2
     small.model.block.ffn.num_experts = 4
     small.model.block.ffn.router.k = 2
     small.model.block.ffn.experts.d_ff = 16

@@ -125,7 +125,6 @@ def _olmoe(dtype: str):
         num_kv_heads=heads,
         rope=Rope(theta=10_000.0),
         qk_norm=RMSNorm(epsilon=1e-5, num_axes=2),
-        query_blocks=4,
     )
     ffn = MoE(
         num_experts=SHAPE["num_experts"],

@@ -1,13 +1,14 @@
-"""Causal softmax attention: grouped queries, RoPE, QK-norm, sliding window, sinks, KV cache.
+"""Causal softmax attention: grouped queries, RoPE, QK-norm, window, sinks, soft cap, KV cache.
 
 Vaswani et al., arXiv 1706.03762; grouped queries, Ainslie et al., arXiv 2305.13245; sinks, Xiao
-et al., arXiv 2309.17453, as a learned logit per head in gpt-oss, arXiv 2508.10925.
+et al., arXiv 2309.17453, as a learned logit per head in gpt-oss, arXiv 2508.10925; soft-capped
+logits, Gemma 2, arXiv 2408.00118.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -16,11 +17,13 @@ from flax.linen import initializers
 from jaxtyping import Array, Float
 
 from moejax.errors import UserError
+from moejax.kernels.full_attention import full_attention
+from moejax.kernels.full_attention.softmax import heads_first, heads_last, softmax_attention
 from moejax.layers import decoding_cache
 from moejax.layers.linear import Linear
 from moejax.layers.norm import RMSNorm
 from moejax.layers.rope import Rope
-from moejax.layers.softmax_attention import softmax_attention
+from moejax.parallel.context_parallel import FewestBytes, Way
 from moejax.types import Context
 
 
@@ -40,9 +43,11 @@ class FullAttention(nn.Module):
       use_output_bias: a bias on the output projection.
       use_sinks: a learned logit per head joins every softmax and has no value: attention to it is
         attention to nothing (gpt-oss).
-      query_blocks: training computes this many blocks of queries one after another, each against
-        only the keys that causality and window let it see. Changes speed, not the result.
+      soft_cap: logits become `soft_cap tanh(logits / soft_cap)` (Gemma 2); None leaves them.
       linear: prototype of the four projections; adapters replace it.
+      implementation: of the kernel in training; None lets it choose.
+      context_parallel: how queries meet keys on other devices where `mesh.context` splits rows, of
+        `moejax.parallel.context_parallel`; by default what moves fewest bytes.
 
     Softmax and its sums are in at least float32. Decoding keeps keys and values in the
     collection `cache`, one slot per position, so a row of the batch is one sequence; a position
@@ -57,8 +62,10 @@ class FullAttention(nn.Module):
     use_bias: bool = False
     use_output_bias: bool = False
     use_sinks: bool = False
-    query_blocks: int = 1
+    soft_cap: float | None = None
     linear: nn.Module = dataclasses.field(default_factory=Linear)
+    implementation: str | None = None
+    context_parallel: Way = dataclasses.field(default_factory=FewestBytes)
 
     @nn.compact
     def __call__(self, x: Float[Array, "B S D"], context: Context) -> Float[Array, "B S D"]:
@@ -88,15 +95,13 @@ class FullAttention(nn.Module):
         if context.decode:
             out = self._attend_cache(q, k, v, context, sinks)
         else:
-            out = attend(q, k, v, context, query_blocks=self.query_blocks, sinks=sinks)
+            out = self._attend(q, k, v, context, sinks)
         output = self.linear.copy(
             features=d_model, use_bias=self.use_output_bias, axes=("heads", "embed"), name="output"
         )
         return output(out.reshape(batch, length, -1), context)
 
     def _head_dim(self, d_model: int) -> int:
-        if self.query_blocks < 1:
-            raise UserError(f"attention.query_blocks={self.query_blocks} must be at least 1")
         if min(self.num_heads, self.num_kv_heads) < 1 or self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"attention.num_kv_heads={self.num_kv_heads} must divide "
@@ -111,6 +116,25 @@ class FullAttention(nn.Module):
             )
         return d_model // self.num_heads
 
+    def _attend(self, q: Array, k: Array, v: Array, context: Context, sinks: Array | None) -> Array:
+        def attend(q: Array, k: Array, v: Array, ids: Array, offset: Any, *sinks: Array) -> Array:
+            return full_attention(
+                q,
+                k,
+                v,
+                segment_ids=ids,
+                window=context.window,
+                sinks=sinks[0] if sinks else None,
+                soft_cap=self.soft_cap,
+                q_offset=offset,
+                implementation=self.implementation,
+            )
+
+        per_head = () if sinks is None else (sinks,)
+        if self.is_initializing():  # with a row of any length
+            return attend(q, k, v, context.segment_ids, 0, *per_head)
+        return self.context_parallel(attend, q, k, v, context.segment_ids, *per_head)
+
     def _attend_cache(
         self, q: Array, k: Array, v: Array, context: Context, sinks: Array | None
     ) -> Array:
@@ -122,65 +146,12 @@ class FullAttention(nn.Module):
         keys.value = decoding_cache.write(keys.value, k, context)
         values.value = decoding_cache.write(values.value, v, context)
         out = softmax_attention(
-            *heads_first(q, keys.value, values.value), decoding_cache.visible(context), sinks
+            *heads_first(q, keys.value, values.value),
+            decoding_cache.visible(context),
+            sinks,
+            soft_cap=self.soft_cap,
         )
         return decoding_cache.where_slots_are(heads_last(out), context)
-
-
-def attend(
-    q: Float[Array, "B S H N"],
-    k: Float[Array, "B S Hkv N"],
-    v: Float[Array, "B S Hkv Nv"],
-    context: Context,
-    *,
-    query_blocks: int = 1,
-    sinks: Float[Array, "H"] | None = None,
-    scale: float | None = None,
-) -> Float[Array, "B S H Nv"]:
-    """Causal attention within segments and within `context.window`.
-
-    `sinks` and `scale` are those of `softmax_attention`.
-
-    Query block i only meets the keys `[first, last)` that its last query may see and its first
-    query's window still reaches, so that skipped blocks cost nothing.
-    """
-    length, (query, key, value) = q.shape[1], heads_first(q, k, v)
-    block = math.ceil(length / query_blocks)
-    outputs = []
-    for start in range(0, length, block):
-        stop = min(start + block, length)
-        first = 0 if context.window is None else max(0, start - context.window + 1)
-        distance = jnp.arange(start, stop)[:, None] - jnp.arange(first, stop)[None, :]
-        allowed = distance >= 0
-        if context.window is not None:
-            allowed &= distance < context.window
-        segments = context.segment_ids
-        same = segments[:, start:stop, None] == segments[:, None, first:stop]  # [B, S, S']
-        block_query, keys = query[..., start:stop, :], key[:, :, first:stop]
-        values = value[:, :, first:stop]
-        outputs.append(
-            softmax_attention(block_query, keys, values, allowed & same, sinks, scale=scale)
-        )
-    return heads_last(jnp.concatenate(outputs, axis=-2))
-
-
-def heads_first(
-    q: Float[Array, "B S H N"], k: Float[Array, "B M Hkv N"], v: Float[Array, "B M Hkv Nv"]
-) -> tuple[Array, Array, Array]:
-    """(q [B, Hkv, H/Hkv, S, N], k [B, Hkv, M, N], v [B, Hkv, M, Nv]).
-
-    The barrier keeps norm and rotation of q and k from being computed again for every block of
-    queries that reads them.
-    """
-    batch, length, _, head_dim = q.shape
-    q = q.reshape(batch, length, k.shape[2], -1, head_dim).transpose(0, 2, 3, 1, 4)
-    return jax.lax.optimization_barrier((q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)))
-
-
-def heads_last(out: Float[Array, "B Hkv Q S N"]) -> Float[Array, "B S H N"]:
-    """The inverse of `heads_first` for queries."""
-    batch, _, _, length, head_dim = out.shape
-    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, -1, head_dim)
 
 
 def example() -> FullAttention:

@@ -6,18 +6,20 @@ DeepSeek-AI, "DeepSeek-V2", arXiv 2405.04434, section 2.1 and appendix C; DeepSe
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moejax.attention.full import attend, heads_first, heads_last
 from moejax.errors import UserError
+from moejax.kernels.full_attention import full_attention
+from moejax.kernels.full_attention.softmax import heads_first, heads_last, softmax_attention
 from moejax.layers import decoding_cache
 from moejax.layers.linear import Linear, matrix_of
 from moejax.layers.norm import RMSNorm
 from moejax.layers.rope import Rope, YarnScaling
-from moejax.layers.softmax_attention import softmax_attention
+from moejax.parallel.context_parallel import FewestBytes, Way
 from moejax.types import Context
 
 # A latent is small and whole on every device; "embed" splits the matrices on both sides of it.
@@ -44,9 +46,10 @@ class MultiHeadLatentAttention(nn.Module):
       latent_norm: prototype of the norm of each latent.
       use_bias: biases on what is projected from x, and on the output projection; the projections
         from latents have none, and neither do queries without a latent.
-      query_blocks: as in `FullAttention`.
       linear: prototype of the projections; adapters replace it. `kv_up` has to be one matrix for
         all tokens where decoding is wanted (`layers.linear.matrix_of`).
+      implementation: of the kernel in training; None lets it choose.
+      context_parallel: as in `FullAttention`.
 
     Training expands keys and values. Decoding keeps `kv_lora_rank + rope_head_dim` numbers per
     position in the collection `cache` and expands none of them: the queries are multiplied by W_key
@@ -63,8 +66,9 @@ class MultiHeadLatentAttention(nn.Module):
     rope: Rope | None = dataclasses.field(default_factory=Rope)
     latent_norm: nn.Module = dataclasses.field(default_factory=RMSNorm)
     use_bias: bool = False
-    query_blocks: int = 1
     linear: nn.Module = dataclasses.field(default_factory=Linear)
+    implementation: str | None = None
+    context_parallel: Way = dataclasses.field(default_factory=FewestBytes)
 
     @property
     def head_widths(self) -> tuple[int, int]:
@@ -92,10 +96,26 @@ class MultiHeadLatentAttention(nn.Module):
             q = jnp.concatenate([q, q_rotated], -1)
             k_rotated = jnp.broadcast_to(k_rotated, q_rotated.shape)
             k = jnp.concatenate([kv[..., :nope], k_rotated], -1)
-            how = {"query_blocks": self.query_blocks, "scale": self._scale()}
-            out = attend(q, k, kv[..., nope:], context, **how)
+            out = self._attend(q, k, kv[..., nope:], context)
         output = self._linear("output", d_model, ("heads", "embed"), self.use_bias)
         return output(out.reshape(batch, length, -1), context)
+
+    def _attend(self, q: Array, k: Array, v: Array, context: Context) -> Array:
+        def attend(q: Array, k: Array, v: Array, ids: Array, offset: Any) -> Array:
+            return full_attention(
+                q,
+                k,
+                v,
+                segment_ids=ids,
+                window=context.window,
+                scale=self._scale(),
+                q_offset=offset,
+                implementation=self.implementation,
+            )
+
+        if self.is_initializing():  # with a row of any length
+            return attend(q, k, v, context.segment_ids, 0)
+        return self.context_parallel(attend, q, k, v, context.segment_ids)
 
     def _queries(self, x: Array, context: Context) -> tuple[Array, Array]:
         """The parts `[B, S, H, ...]` of the queries: as they are, and rotated."""
@@ -152,7 +172,7 @@ class MultiHeadLatentAttention(nn.Module):
 
     def _check(self) -> None:
         widths = ("num_heads", "kv_lora_rank", "nope_head_dim", "rope_head_dim", "v_head_dim")
-        for name in (*widths, "q_lora_rank", "query_blocks"):
+        for name in (*widths, "q_lora_rank"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"attention.{name}={value} must be at least 1")

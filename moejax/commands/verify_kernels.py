@@ -3,8 +3,9 @@
 Each implementation of each product of the grouped matmul (forward, both gradients, the gated
 projection) runs its conformance kit: empty groups, one group with everything, sizes around the
 edges of tiles, NaN in unused rows, errors per group. Those of the least-loaded plan must equal its
-definition bit for bit. With --accept, `implementation=None` takes the fastest that passed, on this
-kind of device and for these versions.
+definition bit for bit, those of full attention in value and gradients in every case that they can
+serve. With --accept, `implementation=None` takes the fastest that passed, on this kind of device
+and for these versions.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def table(kernel: ModuleType, dtype: str, results: list, chosen: dict[str, str])
             continue
         state = f"{len(r.failures)} FAILED" if r.failures else f"{r.num_checks} passed"
         times = "".join(f"{1e3 * r.seconds[p]:12.3f}" for p in products if p in r.seconds)
-        note = "  computes every group for every row here: never chosen" if r.is_dense else ""
+        note = "  dense here: never chosen" if r.is_dense else ""
         lines.append(f"{r.implementation:12}{state:>14}{times}{note}")
         lines += [f"    {failure}" for failure in r.failures[:5]]
         if len(r.failures) > 5:

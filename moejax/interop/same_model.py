@@ -12,6 +12,7 @@ from moejax.balance.rule import Rule
 _FREE = {
     "adapter",
     "boundaries",
+    "context_parallel",
     "down_init",
     "dtype",
     "embed_init",
@@ -22,7 +23,6 @@ _FREE = {
     "name",
     "param_dtype",
     "parent",
-    "query_blocks",
     "remat",
     "transport",
     "unroll",

@@ -195,5 +195,12 @@ def _libtpu_version() -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".")[:3] if part.isdecimal())
 
 
+def has_cudnn() -> bool:
+    """Whether this JAX comes with cuDNN, which its attention asks for when it is traced."""
+    from jax._src.lib import cuda_versions
+
+    return cuda_versions is not None
+
+
 def _abstract_device() -> Any:
     return getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)

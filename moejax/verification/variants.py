@@ -71,6 +71,10 @@ def variants(experiment: Experiment, model: Transformer, num_devices: int) -> It
         defined = model.moe.experts.clone(implementation="reference")
         changed = with_ffn(model, experts=defined)
         yield Variant(name="experts by definition", experiment=alone, model=changed)
+    if hasattr(model.block.attention, "implementation"):
+        attention = model.block.attention.clone(implementation="reference")
+        changed = dataclasses.replace(model, block=model.block.clone(attention=attention))
+        yield Variant(name="attention by definition", experiment=alone, model=changed)
     for remat in ("full", "none"):
         if remat != model.remat:
             changed = dataclasses.replace(model, remat=remat)

@@ -25,9 +25,7 @@ PLAIN = MultiHeadLatentAttention(
     rope_head_dim=ROTATED,
     v_head_dim=VALUE,
 )
-FULL = PLAIN.copy(
-    q_lora_rank=7, rope=Rope(theta=100.0, scaling=YARN), use_bias=True, query_blocks=3
-)
+FULL = PLAIN.copy(q_lora_rank=7, rope=Rope(theta=100.0, scaling=YARN), use_bias=True)
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2], [1, 1, 1, 1, 1, 1, 0]])
 POSITIONS = np.array([[0, 1, 2, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 0]])
 
@@ -220,7 +218,6 @@ def test_every_matrix_is_split_over_both_kinds_of_axes():
     [
         ({"q_lora_rank": 0}, "attention.q_lora_rank=0 must be at least 1"),
         ({"num_heads": 0}, "attention.num_heads=0 must be at least 1"),
-        ({"query_blocks": 0}, "attention.query_blocks=0 must be at least 1"),
         ({"rope": Rope(fraction=0.5)}, "attention.rope.fraction=0.5 must be 1"),
         ({"rope_head_dim": 3}, "rotates 3 of them"),
     ],

@@ -151,7 +151,7 @@ def test_bad_input_is_one_clear_sentence(tmp_path, cache, capsys, override, mess
     [
         ("model.block.ffn.router.k=99", "router.k=99"),
         ("optimizer.schedule.warmup_steps=9", "warmup_steps"),
-        ("model.block.attention.query_blocks=0", "query_blocks=0"),
+        ("model.block.attention.soft_cap=0", "soft_cap=0"),
     ],
 )
 def test_what_needs_no_data_is_refused_before_any_is_read(

@@ -7,10 +7,16 @@ from moejax.commands import main
 from moejax.kernels import accepted, compat, least_loaded, verification
 from moejax.kernels.block_attention import conformance as block_kit
 from moejax.kernels.expert_mlp import conformance as mlp_kit
+from moejax.kernels.full_attention import conformance as attention_kit
 from moejax.kernels.grouped_matmul import conformance as kit
 from moejax.kernels.grouped_matmul import implementations, tile_scan
 from moejax.kernels.least_loaded import conformance as plan_kit
-from moejax.kernels.verification import Result, block_attention, grouped_matmul
+from moejax.kernels.verification import (
+    Result,
+    block_attention,
+    full_attention,
+    grouped_matmul,
+)
 
 LOADS = np.int32([90, 0, 80, 0])
 PLANS = ["verify-kernels", "--dtype", "int32"]
@@ -35,6 +41,8 @@ def short(monkeypatch, tmp_path):
     monkeypatch.setattr(plan_kit, "CASES", plan_kit.CASES[5:6])
     monkeypatch.setattr(block_kit, "CASES", block_kit.CASES[:1])
     monkeypatch.setattr(block_attention, "CPU", block_attention.Sizes(96, 2, 1, 8, 8, 2))
+    monkeypatch.setattr(attention_kit, "CASES", attention_kit.CASES[-1:])
+    monkeypatch.setattr(full_attention, "CPU", full_attention.Sizes(1, 32, 2, 1, 8))
     monkeypatch.setattr(grouped_matmul, "ACTIVATIONS", ("silu",))
     monkeypatch.setattr(grouped_matmul, "CPU", grouped_matmul.Sizes(64, 16, 32, 4))
     for kernel in verification.KERNELS:
@@ -130,6 +138,22 @@ def test_a_wrong_plan_kernel_is_named_and_never_chosen(capsys, monkeypatch):
     assert found.choices == {"plan": "jnp"}
 
 
+def test_attention_is_checked_and_its_definition_never_chosen(capsys):
+    arguments = ["verify-kernels", "--dtype", "float32", "--accept"]
+    for name in ("reference", "scan", "cudnn", "splash"):
+        arguments += ["--implementation", name]
+    assert main(arguments) == 0
+    out, lines = printed_lines(capsys)
+    assert "full_attention, float32: 1 x 32 positions, 2 heads of 8 on 1" in out
+    assert lines["scan"].split()[1:3] == ["1", "passed"]
+    assert "never chosen" in lines["reference"]
+    assert "cannot serve: it runs on NVIDIA GPUs, and this is cpu" in lines["cudnn"]
+    assert "cannot serve: it runs on TPU, and this is cpu" in lines["splash"]
+    assert lines["fastest"].split()[1:] == ["scan"]
+    found = accepted.look_up("full_attention", "float32", "cpu", ("attention",))
+    assert found.choices == {"attention": "scan"}
+
+
 def test_accepting_one_kernel_keeps_the_other():
     accepted.store("cpu", {"grouped_matmul": {"float32": {"forward": "xla"}}}, {})
     assert main([*PLANS, "--accept"]) == 0
@@ -186,7 +210,7 @@ def test_a_kernel_that_fails_only_when_timed_is_named_and_never_chosen(capsys, m
 def test_unknown_implementation(capsys):
     assert main(["verify-kernels", "--implementation", "cublas"]) == 2
     message = capsys.readouterr().err
-    assert "no implementation 'cublas'; use one of scan, packed, tile_scan" in message
+    assert "no implementation 'cublas'; use one of scan, packed" in message
     assert "jnp, pallas" in message
 
 

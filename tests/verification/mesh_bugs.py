@@ -98,6 +98,15 @@ MESH = (
         caught="loss",
     ),
     Mutation(
+        name="queries-at-the-start-of-their-row",
+        story="under context parallelism every shard's queries see as much as the first one's",
+        file="parallel/context_parallel.py",
+        old="lax.axis_index(_CONTEXT) * q.shape[1]",
+        new="0",
+        variant="context=4",
+        caught="loss",
+    ),
+    Mutation(
         name="loss-per-shard",
         story="the loss is the mean over devices of means over their own tokens",
         file="objectives/lm.py",

@@ -23,7 +23,6 @@ NUM_DEVICES = 4
 QUICK = (
     "model.dtype=float64",
     "model.param_dtype=float64",
-    "model.block.attention.query_blocks=1",
 )
 
 

@@ -104,4 +104,13 @@ STEP = (
         variant="experts by definition",
         caught="gradient embed/embedding",
     ),
+    Mutation(
+        name="attention-without-mean",
+        story="the backward pass of attention forgets that its weights sum to one",
+        file="kernels/full_attention/softmax.py",
+        old="d_logits = weights * (d_weights - mean)",
+        new="d_logits = weights * d_weights",
+        variant="attention by definition",
+        caught="gradient embed/embedding",
+    ),
 )

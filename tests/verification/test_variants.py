@@ -46,6 +46,7 @@ def test_names_are_unique_and_every_kind_is_there():
         "context=8",
         "least_loaded on",
         "experts by definition",
+        "attention by definition",
         "remat full",
         "padding",
         "2 microbatches",

@@ -52,7 +52,6 @@ def mixtral(
             num_kv_heads=8,
             head_dim=128,
             rope=Rope(theta=1e6),
-            query_blocks=8,
             linear=Linear(),
         ),
         ffn=MoE(

@@ -4,7 +4,7 @@ A kernel is a module of this package with
 
     NAME, DTYPES, PRODUCTS, IMPLEMENTATIONS, and ROUNDS of timing
     obstacle(name, dtype)                 why an implementation cannot run here, or None
-    is_dense(name)                        whether it computes every group for every row here
+    is_dense(name)                        whether it computes densely here, and so is never chosen
     checks(name, dtype)                   calls that give what is wrong, in words
     sizes(), workloads()                  what is timed: in words, and as values
     call(name, product, dtype, workload)  a compiled function without arguments
@@ -24,9 +24,14 @@ from types import ModuleType
 import jax
 import numpy as np
 
-from moejax.kernels.verification import block_attention, grouped_matmul, least_loaded
+from moejax.kernels.verification import (
+    block_attention,
+    full_attention,
+    grouped_matmul,
+    least_loaded,
+)
 
-KERNELS = (block_attention, grouped_matmul, least_loaded)
+KERNELS = (block_attention, full_attention, grouped_matmul, least_loaded)
 
 
 @dataclasses.dataclass
@@ -37,7 +42,7 @@ class Result:
       obstacle: why it cannot run here; then nothing else is known.
       num_checks: how many checks ran.
       failures: what was wrong, in words.
-      is_dense: it computes every group for every row here and is never chosen.
+      is_dense: it computes densely here (every group for every row, say) and is never chosen.
       seconds: product -> seconds per call, summed over the workloads.
     """
 

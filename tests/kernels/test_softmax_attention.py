@@ -7,15 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.layers.softmax_attention import softmax_attention
+from moejax.kernels.full_attention.softmax import softmax_attention
 
 BATCH, KV_HEADS, SHARED, QUERIES, KEYS, WIDTH = 2, 2, 3, 5, 7, 4
 
 
-def formula(q, k, v, allowed, sinks=None, scale=None):
+def formula(q, k, v, allowed, sinks=None, scale=None, soft_cap=None):
     """As in the paper, one expression at a time."""
     scale = 1 / np.sqrt(q.shape[-1]) if scale is None else scale
     logits = scale * jnp.einsum("bgqsn,bgmn->bgqsm", q, k)
+    if soft_cap is not None:
+        logits = soft_cap * jnp.tanh(logits / soft_cap)
     logits = jnp.where(allowed[:, None, None], logits, -jnp.inf)
     if sinks is not None:
         beside = jnp.broadcast_to(sinks.reshape(KV_HEADS, SHARED, 1, 1), (*logits.shape[:-1], 1))
@@ -52,6 +54,18 @@ def test_value_and_gradients_are_the_formulas(sinks):
     assert all(a.dtype == np.float64 for a in got)
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13)
+
+
+def test_logits_are_capped_and_sinks_are_not():
+    with jax.enable_x64(True):
+        inputs = case(jnp.float64, size=3.0)
+        capped = lambda f: functools.partial(f, soft_cap=0.8)
+        got = value_and_gradients(capped(softmax_attention), *inputs, sinks=True)
+        expected = value_and_gradients(capped(formula), *inputs, sinks=True)
+        plain = value_and_gradients(formula, *inputs, sinks=True)
+    for a, b, c in zip(got, expected, plain, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13)
+        assert np.abs(b - c).max() > 0.01
 
 
 @pytest.mark.parametrize("width", [2, 6])
