@@ -23,6 +23,7 @@ from moejax.errors import UserError
 # Kernel -> kind of device -> what is taken there for every product. Figures: docs/benchmarks.md.
 # The test suite runs the conformance kits on CPU; no accelerator has been measured yet.
 SHIPPED = {
+    "block_attention": {"cpu": "packed"},
     "full_attention": {"cpu": "scan"},
     "grouped_matmul": {"cpu": "tile_scan"},
     "least_loaded": {"cpu": "jnp"},

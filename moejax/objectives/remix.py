@@ -57,7 +57,7 @@ class RLOO:
         key: Array | None = None,
         loads: Any = None,
     ) -> Result:
-        """Terms of one batch."""
+        """Terms of one batch; statistics are sums over all draws."""
         if self.num_draws < 2:
             raise UserError(
                 f"objective.num_draws={self.num_draws} must be at least 2: a draw is judged by the "
@@ -83,9 +83,11 @@ class RLOO:
         count = batch.loss_mask.sum().astype(score.dtype)
         spread = jnp.abs(losses - losses.mean(axis=1, keepdims=True)).mean(axis=1).sum()
         result = self.next_token.result(out, draws, token_bytes)
+        over_draws = lambda sums: jax.tree.map(lambda x: x / self.num_draws, sums)
+        policy = {"policy": (score - jax.lax.stop_gradient(score), count)}
         return Result(
-            terms=result.terms | {"policy": (score - jax.lax.stop_gradient(score), count)},
-            measures=result.measures | {"draw_spread": (spread, count)},
+            terms=over_draws(result.terms) | policy,
+            measures=over_draws(result.measures) | {"draw_spread": (spread, count)},
             stats=result.stats,
         )
 
