@@ -6,8 +6,10 @@ Command   moejax train configs/tiny.py
           moejax train configs/mixture_of_lora.py:dynmole     (:comol, :remix)
           moejax train configs/mixture_of_lora.py:mixlora init_from=DENSE_MODEL
           docs/fine_tuning.md says what each of them is
-Cost      COST
-Result    RESULT
+Cost      three to four minutes each on two CPU cores for the tiny model, ReMix twice that
+Result    3.298 to 2.855 bits per byte on held-out package descriptions (dynmole 2.846, comol 2.875,
+          remix 2.890; one LoRA of configs/lora.py 2.832; jax 0.10.2). Of the two adapters per
+          token, learned weights come to use 1.2 to 1.3 (effective support size), ReMix's 2.
 Numbers   eight adapters of rank 8, two per token, are ours, small beside the tiny model's width;
           MixLoRA's and DynMoLE's loss weights are their papers'. Routed experts get plain LoRA. The
           rest is configs/lora.py.

@@ -42,7 +42,8 @@ def plot_support_size(history: History) -> Figure:
         right.plot(list(held_out), ends, color=VERMILION, label="held out", **shape)
     right.set(title="At the end, by layer", xlabel="layer")
     right.xaxis.set_major_locator(figures.whole_ticks(8))
-    left.set_ylim(0, 1.15 * np.nanmax([*last, *(_last(v) for v in held_out.values()), 1.0]))
+    most = [np.nanmax(v, initial=1.0) for v in (*sizes.values(), *held_out.values())]
+    left.set_ylim(0, 1.08 * max(most))
     figures.legend_below(right, num_columns=2)
     return figure
 
