@@ -19,7 +19,7 @@ from moejax.errors import UserError
 from moejax.layers.linear import matrix_of
 from moejax.models.adapter import Adapter
 from moejax.models.output import Variables
-from moejax.models.stack import stacked_layers
+from moejax.models.stack import rows_elsewhere, stacked_layers
 from moejax.models.transformer import Transformer
 from moejax.models.variables import ADAPTERS, collections, parameters
 from moejax.types import at_least_f32, named_leaves, tree_of
@@ -38,6 +38,30 @@ def merge(model: Transformer, variables: Variables) -> tuple[Transformer, Variab
     others = {name: tree for name, tree in variables.items() if name not in ("params", ADAPTERS)}
     together = _restacked(collections(own) | others, model, plain)
     return plain, together
+
+
+def unmerge(model: Transformer, variables: Variables, adapters: Variables) -> Variables:
+    """The variables of the adapted model that `merge` made those of the plain one from.
+
+    Kernels are theirs to the rounding of the sum that is taken back.
+
+    Args:
+      model: with its adapter.
+      variables: of the model without it.
+      adapters: the collection `lora` of the adapted model.
+
+    Raises UserError where the adapter is no matrix.
+    """
+    plain = dataclasses.replace(model, adapter=None)
+    own = _restacked(variables, plain, model)
+    kernels = named_leaves(own["params"])
+    nothing = {path: jnp.zeros(x.shape, at_least_f32(x.dtype)) for path, x in kernels.items()}
+    added = merged_leaves(model, nothing | named_leaves({ADAPTERS: adapters}))
+    back = {
+        path: x if added[path] is nothing[path] else (x - added[path][()]).astype(x.dtype)
+        for path, x in kernels.items()
+    }
+    return own | {"params": tree_of(back), ADAPTERS: adapters}
 
 
 def merged_leaves(
@@ -130,14 +154,13 @@ def _restacked(variables: Variables, old: Transformer, new: Transformer) -> Vari
     layers, wanted = stacked_layers(old.segments), stacked_layers(new.segments)
     if layers == wanted:
         return variables
-    place = {layer: (name, row) for name, own in layers.items() for row, layer in enumerate(own)}
-    out = {}
+    rows, out = rows_elsewhere(wanted, layers), {}
     for collection, trees in variables.items():
         flat = {name: named_leaves(trees[name]) for name in layers if name in trees}
         stacked = {
-            f"{name}/{path}": jnp.stack([flat[place[i][0]][path][place[i][1]] for i in own])
-            for name, own in wanted.items()
-            for path in flat.get(place[own[0]][0], {})
+            f"{name}/{path}": jnp.stack([flat[source][path][row] for source, row in own])
+            for name, own in rows.items()
+            for path in flat.get(own[0][0], {})
         }
         rest = {name: tree for name, tree in trees.items() if name not in layers}
         out[collection] = rest | tree_of(stacked)

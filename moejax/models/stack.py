@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -90,6 +90,19 @@ def stacked_layers(layout: Sequence[Segment]) -> dict[str, tuple[int, ...]]:
         for segment in layout
         for member, name in enumerate(segment.names)
     }
+
+
+def rows_elsewhere(
+    ours: Mapping[str, Sequence[int]], theirs: Mapping[str, Sequence[int]]
+) -> dict[str, list[tuple[str, int]]]:
+    """{name in `ours`: (name, row) of each of its layers in `theirs`}, both as `stacked_layers`.
+
+    Raises ValueError unless both have the same layers.
+    """
+    where = {layer: (name, row) for name, own in theirs.items() for row, layer in enumerate(own)}
+    if sorted(where) != sorted(layer for own in ours.values() for layer in own):
+        raise ValueError(f"{ours} and {theirs} are not of the same layers")
+    return {name: [where[layer] for layer in own] for name, own in ours.items()}
 
 
 def init(

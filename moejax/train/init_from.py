@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 from moejax.errors import UserError
 from moejax.interop import hf
 from moejax.models.output import Variables
-from moejax.models.stack import stacked_layers
+from moejax.models.stack import rows_elsewhere, stacked_layers
 from moejax.models.transformer import Transformer
 from moejax.models.variables import ADAPTERS, collections, parameters
 from moejax.train import frozen, processes
@@ -114,10 +114,10 @@ def readable(store: Checkpointer, step: int) -> Manifest:
 
 def _plan(path: pathlib.Path, names, ours: Mapping, theirs: Mapping) -> dict[str, Rows]:
     """{path of a leaf: where the source has its rows}."""
-    where = {layer: (name, row) for name, own in theirs.items() for row, layer in enumerate(own)}
-    num_layers = sum(len(own) for own in ours.values())
-    if where.keys() != set(range(num_layers)):
-        raise UserError(f"{path} has {len(where)} layers and model.num_layers is {num_layers}")
+    num_ours, num_theirs = (sum(map(len, layers.values())) for layers in (ours, theirs))
+    if num_theirs != num_ours:
+        raise UserError(f"{path} has {num_theirs} layers and model.num_layers is {num_ours}")
+    where = rows_elsewhere(ours, theirs)
     plan: dict[str, Rows] = {}
     for name in names:
         words = name.split("/")
@@ -125,8 +125,8 @@ def _plan(path: pathlib.Path, names, ours: Mapping, theirs: Mapping) -> dict[str
         if at is None:
             plan[name] = [(name, None)]
             continue
-        found = [where[layer] for layer in ours[words[at]]]
-        plan[name] = [("/".join([*words[:at], own, *words[at + 1 :]]), row) for own, row in found]
+        source = lambda own, words=words, at=at: "/".join([*words[:at], own, *words[at + 1 :]])
+        plan[name] = [(source(own), row) for own, row in where[words[at]]]
     return plan
 
 

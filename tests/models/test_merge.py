@@ -16,7 +16,7 @@ from moejax.layers.mixing.bank import LoRABank
 from moejax.layers.mixing.granularity import Static
 from moejax.layers.mixing.router import Softmax
 from moejax.models.adapter import Adapter
-from moejax.models.merge import merge
+from moejax.models.merge import merge, unmerge
 from moejax.types import named_leaves
 from moejax.verification.contracts.cases import quick_jit
 from tests.models.tiny_model import dense, random_model_variables, tiny, tokens
@@ -51,6 +51,12 @@ def test_the_merged_model_gives_the_same_logits(adapter):
     adapted = quick_jit(model.apply)(variables, ids)
     found = quick_jit(plain.apply)(merged, ids)
     np.testing.assert_allclose(found.logits, adapted.logits, rtol=1e-4, atol=1e-5)
+    back = unmerge(model, merged, variables["lora"])
+    assert back.keys() == variables.keys()
+    for path, leaf in named_leaves(back).items():
+        was = named_leaves(variables)[path]
+        assert (leaf.shape, leaf.dtype) == (was.shape, was.dtype)
+        np.testing.assert_allclose(leaf, was, rtol=0, atol=1e-5)
     without = variables | {"lora": jax.tree.map(jnp.zeros_like, variables["lora"])}
     base = quick_jit(model.apply)(without, ids)
     assert np.abs(base.logits - adapted.logits).max() > 0.1
