@@ -28,15 +28,16 @@ class CheckedValues:
                 raise UserError(f"{self._where} lacks {name}")
             return default
         if not check(value):
-            raise UserError(f"{self._where}: {name}={value!r} is not what MoE-PEFT writes there")
+            raise UserError(f"{self._where}: {name}={value!r} is not what belongs there")
         return value
 
-    def only(self, name: str, *supported: Any, default: Any = REQUIRED) -> None:
-        """Takes a value that must be one of these."""
+    def only(self, name: str, *supported: Any, default: Any = REQUIRED) -> Any:
+        """The value, which must be one of these."""
         value = self.take(name, lambda value: True, default=default)
         if not any(value is one or value == one for one in supported):
             first = supported[0]
             raise UserError(f"{self._where}: {name}={value!r} is not supported, only {first!r}")
+        return value
 
     def finish(self, *, ignored: Container[str] = ()) -> None:
         """Raises UserError for what nobody has asked for and is not `ignored`."""

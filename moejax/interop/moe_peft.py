@@ -50,9 +50,9 @@ def content(
     config = moe_peft_adapter.config_of(model, architecture)
     where = "the adapter, as MoE-PEFT would have it"
     moe_peft_config.parse(config.json(base_model=None), where=where)
-    for numbers in (config.experts, config.plain):
-        if numbers is not None and not numbers.lora_dropout:
-            _log.warning("lora_dropout is 0, which versions of MoE-PEFT refuse to load")
+    numbers = [x for x in (config.experts, config.plain) if x is not None]
+    if not all(x.lora_dropout for x in numbers):
+        _log.warning("lora_dropout is written as 0, which versions of MoE-PEFT refuse to load")
     return config, {
         part.tensor: stored(arrays[part.leaf][part.index], part.view)
         for part in parts(model, architecture, config.prefix)

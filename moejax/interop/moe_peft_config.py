@@ -11,6 +11,7 @@ import math
 import pathlib
 from typing import Any
 
+from moejax.adapters.dynmole import ENTROPY_EPSILON
 from moejax.errors import UserError
 from moejax.interop.checked_values import (
     REQUIRED,
@@ -29,7 +30,6 @@ MIXLORA, MOLA, DYNMOLE = "MIXLORA", "MOLA", "DYNMOLE"
 PEFT_TYPES = (MIXLORA, MOLA, DYNMOLE)
 ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
-ENTROPY_EPS = 1e-5  # what `adapters.dynmole` adds to every probability
 
 _NO_EFFECT = {"base_model_name_or_path", "inference_mode", "name", "task_name"}
 _LORA = ("r", "lora_alpha", "lora_dropout", "use_rslora")
@@ -132,7 +132,7 @@ def _gate_json(gate: TopKGate | EntropyGate) -> Json:
     weights = {"router_aux_loss_coef": float(values.pop("balance_weight"))}
     if isinstance(gate, EntropyGate):
         weights["router_dyn_loss_coef"] = float(values.pop("entropy_weight"))
-        values |= {"entropy_type": "tsallis", "entropy_eps": ENTROPY_EPS}
+        values |= {"entropy_type": "tsallis", "entropy_eps": ENTROPY_EPSILON}
     return values | weights | {"router_loss": any(weights.values())}
 
 
@@ -164,8 +164,8 @@ def parse(values: Json, *, where: str) -> MoePeftConfig:
     fields.only("jitter_noise", 0, default=0)
     top = _lora(fields, {})
     experts = top
-    if kind == MIXLORA and "expert_lora" in values:
-        stated = fields.take("expert_lora", lambda value: isinstance(value, dict))
+    is_object = lambda value: isinstance(value, dict)
+    if kind == MIXLORA and (stated := fields.take("expert_lora", is_object, default=None)):
         inner = CheckedValues(stated, f"{where}: expert_lora")
         experts = _lora(inner, dataclasses.asdict(top))
         inner.finish()
@@ -178,6 +178,9 @@ def parse(values: Json, *, where: str) -> MoePeftConfig:
     chosen = gate.keep_top_k if isinstance(gate, EntropyGate) else gate.top_k
     if chosen > num_experts:
         raise UserError(f"{where}: {chosen} of num_experts={num_experts} cannot be chosen")
+    act_fn = None
+    if kind == MIXLORA:
+        act_fn = fields.only("act_fn", *ACTIVATIONS, None, default=None)
     config = MoePeftConfig(
         peft_type=kind,
         target_modules=targets,
@@ -186,7 +189,7 @@ def parse(values: Json, *, where: str) -> MoePeftConfig:
         num_experts=num_experts,
         gate=gate,
         init_range=fields.take("router_init_range", not_negative, default=None),
-        act_fn=_act_fn(fields) if kind == MIXLORA else None,
+        act_fn=None if act_fn is None else ACTIVATIONS[act_fn],
     )
     fields.finish(ignored=_NO_EFFECT)
     return config
@@ -230,7 +233,7 @@ def _top_k_gate(fields: CheckedValues, *, on: bool) -> TopKGate:
 
 def _entropy_gate(fields: CheckedValues) -> EntropyGate:
     fields.only("entropy_type", "tsallis", default="tsallis")
-    fields.only("entropy_eps", ENTROPY_EPS, default=ENTROPY_EPS)
+    fields.only("entropy_eps", ENTROPY_EPSILON, default=ENTROPY_EPSILON)
     on = fields.take("router_loss", lambda value: isinstance(value, bool), default=True)
     balance = fields.take("router_aux_loss_coef", not_negative, default=1e-3)
     entropy = fields.take("router_dyn_loss_coef", not_negative, default=1e-2)
@@ -245,8 +248,3 @@ def _entropy_gate(fields: CheckedValues) -> EntropyGate:
         balance_weight=float(balance) if on else 0.0,
         entropy_weight=float(entropy) if on else 0.0,
     )
-
-
-def _act_fn(fields: CheckedValues) -> str | None:
-    name = fields.take("act_fn", lambda value: value in ACTIVATIONS, default=None)
-    return ACTIVATIONS.get(name)
