@@ -52,6 +52,7 @@ class Mixed(Plain):
 
     adapter: dict[str, np.ndarray]
     settings: dict[str, Any]
+    num_chosen: set[int] = dataclasses.field(default_factory=set)  # of any token so far
 
     def _tensor(self, layer: int, name: str) -> np.ndarray | None:
         prefix = self.settings["peft_type"].lower()
@@ -83,6 +84,7 @@ class Mixed(Plain):
             (total <= self.settings["top_p"]) | (np.arange(size) < self.settings["keep_top_k"])
         ]
         chosen = order if entropy > self.settings["entropy_threshold"] else few
+        self.num_chosen.add(len(chosen))
         return {e: probs[e] for e in chosen}
 
     def project(self, layer: int, module: str, x: np.ndarray) -> np.ndarray:
