@@ -216,7 +216,7 @@ def _targets(fields: CheckedValues) -> tuple[str, ...]:
     def check(value: Any) -> bool:
         if isinstance(value, dict):
             return any(value.values()) and all(isinstance(on, bool) for on in value.values())
-        return isinstance(value, list) and value and all(isinstance(x, str) for x in value)
+        return isinstance(value, list) and bool(value) and all(isinstance(x, str) for x in value)
 
     found = fields.take("target_modules", check)
     chosen = [name for name, on in found.items() if on] if isinstance(found, dict) else found
