@@ -21,7 +21,7 @@ from moejax.layers.mixing.router import BALANCE, Router, check_k
 from moejax.types import Context, Terms
 
 ENTROPY = "adapter_entropy"
-_EPS = 1e-5  # added to every probability before the entropy, as the authors' code does
+ENTROPY_EPSILON = 1e-5  # added to every probability before the entropy, as the authors' code does
 
 
 class EntropySwitch(Router):
@@ -84,7 +84,7 @@ def tsallis_entropy(probs: Float[Array, "B s E"], q: float) -> Float[Array, "B s
     if num_adapters == 1:
         return jnp.zeros(probs.shape[:-1], probs.dtype)
     largest = (1 - num_adapters ** (1 - q)) / (q - 1)
-    return (1 - ((probs + _EPS) ** q).sum(-1)) / (q - 1) / largest
+    return (1 - ((probs + ENTROPY_EPSILON) ** q).sum(-1)) / (q - 1) / largest
 
 
 def _nucleus(probs: Float[Array, "B s E"], top_p: float, keep: int) -> Bool[Array, "B s E"]:

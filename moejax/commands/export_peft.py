@@ -1,5 +1,7 @@
 """Write the LoRA adapter of a run as a folder that PEFT loads on top of the base model.
 
+A mixture of adapters (MixLoRA, MoLA, DynMoLE) is written in the layout of MoE-PEFT instead.
+
 RUN is a training run with an adapter, or what `moejax import-hf --adapter` wrote. OUT appears whole
 or not at all, and only if every factor that was read is what the run had saved. A run that trained
 more than its adapter is refused: what else it learnt would be lost (see `moejax export-hf`).

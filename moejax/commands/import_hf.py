@@ -4,12 +4,13 @@ SOURCE is a folder of safetensors with its config.json; nothing is downloaded. O
 in moejax's format with a fingerprint of each, the model's config, and the tokenizer files. A few
 slices are in memory at a time, whatever the size of the model.
 
-With --adapter OUT holds the model with a LoRA adapter of PEFT, not merged: it can be evaluated, and
-a run that starts from it goes on training the adapter's factors.
+With --adapter OUT holds the model with a LoRA adapter of PEFT or a mixture of MoE-PEFT, not merged:
+it can be evaluated, and a run that starts from it goes on training the adapter's factors.
 
 With --check, transformers (extra `hf`) reads SOURCE too, and the logits of four built-in rows of
 tokens, two of them padded, are compared with those of what was imported. Where they disagree OUT is
 not made and the exit status is 1. Both models are then in memory, one after the other, in float32.
+PEFT knows no mixtures, so that those cannot be checked.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import itertools
 import pathlib
 import time
 from typing import TYPE_CHECKING
+
+from moejax.errors import UserError
 
 if TYPE_CHECKING:
     from moejax.interop.logit_check import Comparison
@@ -33,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter",
         metavar="DIR",
-        help="folder of a PEFT adapter of SOURCE, imported with it",
+        help="folder of an adapter of SOURCE, of PEFT or MoE-PEFT, imported with it",
     )
     parser.add_argument(
         "--check",
@@ -60,6 +63,10 @@ def run(args: argparse.Namespace) -> int:
     from moejax.train.restore import TOKENIZER
     from moejax.train.slices import write_checkpoint
 
+    if args.check and args.adapter and peft.holds_mixture(args.adapter):
+        raise UserError(
+            f"{args.adapter} is a mixture of MoE-PEFT, which PEFT does not know: leave --check out"
+        )
     if args.check:
         logit_check.require_transformers(*(["peft"] if args.adapter else []))
     started = time.monotonic()

@@ -23,6 +23,8 @@ ATTENTION, FFN = "block.attention", "block.ffn"
 
 # Models compute in float32 or bfloat16; float16 values are exact in float32.
 _DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float32"}
+# {name in transformers: ours}
+ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 def template() -> fdl.Config:
@@ -86,8 +88,7 @@ def activation() -> Named:
 
 
 def _activation(paths: tuple[str, ...]) -> Named:
-    names = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
-    return Named("hidden_act", paths, names, default="silu")
+    return Named("hidden_act", paths, ACTIVATIONS, default="silu")
 
 
 DENSE_FIELDS = (

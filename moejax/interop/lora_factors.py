@@ -108,29 +108,31 @@ def projections(model: Transformer, architecture: Architecture) -> list[Projecti
 
 def tensor_a(a: Shaped[np.ndarray, "K r"]) -> Shaped[np.ndarray, "r K"]:
     """torch's `lora_A.weight`."""
-    return _stored(a, TRANSPOSED)
+    return stored(a, TRANSPOSED)
 
 
 def tensor_b(b: Shaped[np.ndarray, "r N"], view: View) -> Shaped[np.ndarray, "N r"]:
     """torch's `lora_B.weight`, of a kernel that `view` shows."""
-    return _stored(b, view)
+    return stored(b, view)
 
 
 def factor_a(tensor: Shaped[np.ndarray, "r K"]) -> Shaped[np.ndarray, "K r"]:
     """The inverse of `tensor_a`."""
-    return _seen(tensor, TRANSPOSED)
+    return seen(tensor, TRANSPOSED)
 
 
 def factor_b(tensor: Shaped[np.ndarray, "N r"], view: View) -> Shaped[np.ndarray, "r N"]:
     """The inverse of `tensor_b`."""
-    return _seen(tensor, view)
+    return seen(tensor, view)
 
 
-def _stored(values: np.ndarray, view: View) -> np.ndarray:
+def stored(values: np.ndarray, view: View) -> np.ndarray:
+    """The tensor of which `view` shows `values`, an array of ours."""
     out = np.empty(view.tensor_shape(values.shape), values.dtype)
     copy_into(view(out), values)
     return out
 
 
-def _seen(tensor: np.ndarray, view: View) -> np.ndarray:
+def seen(tensor: np.ndarray, view: View) -> np.ndarray:
+    """What `view` shows of a tensor, contiguous."""
     return np.ascontiguousarray(np.asarray(view(tensor)))

@@ -1,4 +1,4 @@
-"""LoRA adapters of PEFT: `peft.save`, `peft.adapter_config` and `peft.load`.
+"""Adapters of PEFT and of MoE-PEFT: `peft.save`, `peft.adapter_config` and `peft.load`.
 
     peft.save(model, variables, "adapter")
     model = dataclasses.replace(plain, adapter=fdl.build(peft.adapter_config("adapter", plain)))
@@ -8,6 +8,9 @@ A folder of `adapter_model.safetensors` and `adapter_config.json`. Nothing is co
 what is saved and loaded again has the same bits, and so has what is loaded and saved. The base
 model is one that `architectures/` knows: `lora_factors` says which of its projections have factors,
 `peft_sites` where those lie in files, and `peft_config` what the JSON says.
+
+PEFT has no mixtures of adapters. An adapter with a router is written and read in the layout of
+MoE-PEFT, which `moe_peft` knows.
 """
 
 from __future__ import annotations
@@ -21,10 +24,9 @@ import numpy as np
 
 from moejax.errors import UserError
 from moejax.interop import description as descriptions
-from moejax.interop import peft_config, peft_reading, peft_writing
+from moejax.interop import moe_peft, moe_peft_config, peft_config, peft_reading, peft_writing
 from moejax.interop.architecture import Architecture
-from moejax.interop.lora_factors import projections
-from moejax.interop.mapping import abstract
+from moejax.interop.moe_peft_parts import adapter_leaves, is_mixture
 from moejax.interop.peft_sites import equal_bits
 from moejax.interop.tensor_files import DTYPES
 from moejax.interop.tensor_writer import Tensor, appearing_whole, write_file, write_json
@@ -47,6 +49,8 @@ def save(
 ) -> None:
     """Writes a folder that `load` and `peft.PeftModel.from_pretrained` read; whole or not at all.
 
+    What holds a mixture PEFT does not read; MoE-PEFT does, once the weights are a pickle.
+
     Args:
       model: with an adapter, of any known architecture.
       variables: with the collection `lora`; leaves are arrays, or give one at `[()]`.
@@ -55,16 +59,15 @@ def save(
       source: a Hugging Face folder of the base model; without it, the architecture is found out.
 
     Raises:
-      UserError: `directory` holds something, the model has no known architecture, or PEFT has no
-        words for its adapter.
+      UserError: `directory` holds something, the model has no known architecture, or PEFT, of
+        mixtures MoE-PEFT, has no words for its adapter.
     """
     if model.adapter is None:
         raise UserError("the model has no adapter: save it with `moejax export-hf`")
     architecture = _architecture(model, source)
-    arrays = {
-        path: np.asarray(x[()]) for path, x in _leaves(variables, model, architecture).items()
-    }
-    config, tensors = peft_writing.content(model, arrays, architecture)
+    arrays = {path: np.asarray(x[()]) for path, x in _leaves(variables, model).items()}
+    layout = moe_peft if is_mixture(model) else peft_writing
+    config, tensors = layout.content(model, arrays, architecture)
     files = [
         Tensor(name=name, shape=x.shape, dtype=x.dtype, compute=lambda x=x: x)
         for name, x in tensors.items()
@@ -81,10 +84,11 @@ def save(
 def adapter_config(
     directory: PathLike, model: Transformer, *, source: PathLike | None = None
 ) -> fdl.Config[Adapter]:
-    """The config of the `Adapter` that a PEFT folder holds, for `model`.
+    """The config of the `Adapter` that a folder of PEFT or MoE-PEFT holds, for `model`.
 
     Args:
-      directory: with adapter_config.json and adapter_model.safetensors.
+      directory: with adapter_config.json and adapter_model.safetensors; of MoE-PEFT, with
+        adapter_model.bin where torch is installed.
       model: the base; an adapter that it has is left aside.
       source: as in `save`.
 
@@ -92,8 +96,15 @@ def adapter_config(
       UserError: a file is missing or damaged; the adapter is of another base model, or has what
         `Adapter` cannot express.
     """
-    architecture = _architecture(model, source)
-    return peft_reading.read(pathlib.Path(directory), model, architecture).adapter
+    directory, architecture = pathlib.Path(directory), _architecture(model, source)
+    if moe_peft_config.describes(directory):
+        return moe_peft.adapter(directory, model, architecture)
+    return peft_reading.read(directory, model, architecture).adapter
+
+
+def holds_mixture(directory: PathLike) -> bool:
+    """Whether the folder is one of MoE-PEFT, which PEFT does not read."""
+    return moe_peft_config.describes(pathlib.Path(directory))
 
 
 def load(
@@ -144,6 +155,15 @@ def _loaded(
 ) -> dict[str, np.ndarray]:
     if model.adapter is None:
         raise UserError("the model has no adapter: give it that of peft.adapter_config")
+    mixed = moe_peft_config.describes(directory)
+    if mixed != is_mixture(model):
+        kinds = ("plain LoRA", "a mixture of adapters")
+        raise UserError(
+            f"{directory} holds {kinds[mixed]}, and the model's adapter is {kinds[not mixed]}: "
+            "attach the adapter that the folder describes"
+        )
+    if mixed:
+        return moe_peft.leaves(directory, model, architecture)
     return peft_reading.leaves(peft_reading.read(directory, model, architecture), model)
 
 
@@ -154,20 +174,20 @@ def _architecture(model: Transformer, source: PathLike | None) -> Architecture:
     return descriptions.of_same_model(path, model).architecture
 
 
-def _leaves(variables: Variables, model: Transformer, architecture: Architecture) -> dict:
+def _leaves(variables: Variables, model: Transformer) -> dict:
     """{path: leaf} of what the adapter adds; all there, of the model's shapes."""
     found = named_leaves({ADAPTERS: variables.get(ADAPTERS, {})})
-    wanted = [one.leaf(factor) for one in projections(model, architecture) for factor in "ab"]
-    for path in dict.fromkeys(wanted):
+    wanted = adapter_leaves(model)
+    for path, asked in wanted.items():
         if path not in found:
             raise UserError(f"variables lack the leaf {path}")
-        shape, asked = tuple(found[path].shape), abstract(model)[path].shape
+        shape = tuple(found[path].shape)
         if shape != asked:
             raise UserError(
                 f"the leaf {path} has shape {list(shape)}, but the model asks for {list(asked)}"
             )
         if np.dtype(found[path].dtype) not in DTYPES.values():
             raise UserError(f"the leaf {path} has dtype {found[path].dtype}: use float32")
-    if lost := sorted(found.keys() - set(wanted)):
+    if lost := sorted(found.keys() - wanted.keys()):
         raise UserError(f"the leaf {lost[0]} is none of the model's")
     return found

@@ -122,7 +122,10 @@ def read(path: pathlib.Path) -> PeftConfig:
         raise UserError(f"{path} is missing: give the folder of a PEFT adapter")
     values = read_json(path)
     if (kind := values.pop("peft_type", None)) != "LORA":
-        raise UserError(f"{path}: peft_type={kind!r} cannot be read, only 'LORA'")
+        raise UserError(
+            f"{path}: peft_type={kind!r} cannot be read, only 'LORA', and of MoE-PEFT 'MIXLORA', "
+            "'MOLA' and 'DYNMOLE'"
+        )
     if (task := values.pop("task_type", None)) not in (None, "CAUSAL_LM"):
         raise UserError(f"{path}: task_type={task!r} is not supported, only 'CAUSAL_LM'")
     if (bias := values.pop("bias", "none")) != "none":
