@@ -4,9 +4,9 @@
 12 * keys * H * N per layer and token, where keys is the mean number of keys a query may see and N
 the mean width of a key and a value (scores and values, 2 each forward and 4 backward). Attention to
 blocks counts the keys that are attended and 2 N for every product of a query with a mean key, which
-has no backward pass; where it is switched on or off at a step, as while it is on: the least. Chowdhery
-et al., "PaLM", arXiv 2204.02311, appendix B, with the causal half not counted. Recomputation under
-remat is not useful work and is not counted.
+has no backward pass; where it is switched on or off at a step, as while it is on: the least.
+Chowdhery et al., "PaLM", arXiv 2204.02311, appendix B, with the causal half not counted.
+Recomputation under remat is not useful work and is not counted.
 """
 
 from __future__ import annotations
