@@ -1,0 +1,45 @@
+"""Continues the tiny model on sequences eight times as long, with attention to blocks (MoBA).
+
+Command   moejax train configs/tiny.py
+          moejax train configs/long_context_moba.py
+Cost      TODO
+Result    TODO
+Numbers   TODO
+"""
+
+import fiddle as fdl
+
+from configs import tiny
+from moejax.attention.moba import MoBA
+from moejax.experiment import Experiment
+
+
+def config() -> fdl.Config[Experiment]:
+    """Blocks in all layers but the last, which attends everything."""
+    long = tiny.config.as_buildable()
+    fdl.update_callable(long.model.block.attention, MoBA)
+    long.model.block.attention.block_size = 64
+    long.model.block.attention.top_k = 4
+    long.model.last_k_full = 1
+    long.model.block.attention.rope.theta = 10_000.0
+    long.init_from = "runs/tiny"
+    long.optimizer.schedule.peak = 1e-3
+    long.optimizer.schedule.warmup_steps = 10
+    long.steps = 100
+    long.batch_size = 2
+    long.sequence_length = 2048
+    long.eval_every = 50
+    long.workdir = "runs/long_context_moba"
+    return long
+
+
+def smoke() -> fdl.Config[Experiment]:
+    """A small random model whose first layer goes from blocks to everything at the last step."""
+    small = tiny.smoke()
+    fdl.update_callable(small.model.block.attention, MoBA)
+    small.model.block.attention.block_size = 4
+    small.model.block.attention.top_k = 2
+    small.model.block.attention.until_step = 2
+    small.model.last_k_full = 1
+    small.workdir = "runs/long_context_moba_smoke"
+    return small
