@@ -21,14 +21,12 @@ def config() -> fdl.Config[Experiment]:
     long.model.block.attention.block_size = 64
     long.model.block.attention.top_k = 4
     long.model.last_k_full = 1
-    long.model.block.attention.rope.theta = 10_000.0
     long.init_from = "runs/tiny"
     long.optimizer.schedule.peak = 1e-3
     long.optimizer.schedule.warmup_steps = 10
     long.steps = 100
     long.batch_size = 2
     long.sequence_length = 2048
-    long.eval_every = 50
     long.workdir = "runs/long_context_moba"
     return long
 
