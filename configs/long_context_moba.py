@@ -24,7 +24,7 @@ def config() -> fdl.Config[Experiment]:
     long.init_from = "runs/tiny"
     long.optimizer.schedule.peak = 1e-3
     long.optimizer.schedule.warmup_steps = 10
-    long.steps = 100
+    long.steps = 60
     long.batch_size = 2
     long.sequence_length = 2048
     long.workdir = "runs/long_context_moba"
