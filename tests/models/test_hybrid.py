@@ -9,6 +9,8 @@ from moejax.attention.full import FullAttention
 from moejax.attention.mla import MultiHeadLatentAttention
 from moejax.attention.moba import MoBA
 from moejax.errors import UserError
+from moejax.interop import description
+from moejax.layers.short_convolution import ShortConvolution
 from moejax.models.flops import size
 from tests.models.tiny_model import dense, random_model_variables, tokens
 
@@ -70,6 +72,33 @@ def test_windows_alternate_with_blocks():
     hybrid = full_after.apply(restacked(variables, full_after), ids).logits
     np.testing.assert_allclose(hybrid, all_full, rtol=1e-5, atol=1e-6)
     assert np.abs(got - all_full).max() > 1e-3
+
+
+def test_decoding_equals_the_whole():
+    """A layer of each kind, with convolved keys: their caches lie beside each other."""
+    ids = tokens((2, LENGTH))
+    attention = MOBA.copy(key_conv=ShortConvolution())
+    model = dense(attention=attention, num_layers=3, windows=(None, 4, None), last_k_full=1)
+    variables = random_model_variables(model)
+    whole = model.apply(variables, ids).logits
+    cache, logits = model.init_cache(variables, 2, LENGTH), []
+    step = jax.jit(
+        lambda cache, ids, at: model.apply(
+            variables | {"cache": cache}, ids, positions=at, cache_length=LENGTH
+        )
+    )
+    for start, stop in ((0, 5), *((t, t + 1) for t in range(5, LENGTH))):
+        at = jnp.broadcast_to(jnp.arange(start, stop), (2, stop - start))
+        out = step(cache, ids[:, start:stop], at)
+        cache = out.cache
+        logits.append(out.logits)
+    np.testing.assert_allclose(np.concatenate(logits, 1), whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"last_k_full": 1}])
+def test_a_model_with_blocks_is_not_exported_as_one_without(changes):
+    with pytest.raises(UserError, match="nearest is"):
+        description.of(dense(attention=MOBA, num_layers=2, **changes))
 
 
 def test_a_model_at_a_step_needs_no_step():
