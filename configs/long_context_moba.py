@@ -4,9 +4,9 @@ Command   moejax train configs/tiny.py
           moejax train configs/long_context_moba.py
 Cost      seven minutes of training on two CPU cores (jax 0.10.2) that other work kept busy: 250 to
           1,200 tokens/s over ten steps, 246,000 tokens in all
-Result    1.873 to 1.833 bits per byte on the held-out files, in sequences of 2,048 tokens; with full
-          attention in every layer (model.last_k_full=4), the same data and steps, 1.878 to 1.829.
-          One run each. The tiny model itself came to 1.853 in sequences of 256
+Result    1.873 to 1.833 bits per byte on the held-out files, in sequences of 2,048 tokens; with
+          full attention in every layer (model.last_k_full=4), the same data and steps, 1.878 to
+          1.829. One run each. The tiny model itself came to 1.853 in sequences of 256
 Numbers   4 blocks of 64 keys are an eighth of a sequence; MoBA (arXiv 2502.13189) keeps its last
           three layers full, of four we keep one. A third of the tiny model's learning rate; neither
           it nor the blocks were tuned. RoPE is as it was.
