@@ -8,22 +8,20 @@ logits, Gemma 2, arXiv 2408.00118.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import functools
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from flax.linen import initializers
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float, Int
 
-from moejax.errors import UserError
 from moejax.kernels.full_attention import full_attention
-from moejax.kernels.full_attention.softmax import heads_first, heads_last, softmax_attention
-from moejax.layers import decoding_cache
+from moejax.layers import decoding_cache, grouped_heads
+from moejax.layers.grouped_heads import over_slots
 from moejax.layers.linear import Linear
 from moejax.layers.norm import RMSNorm
 from moejax.layers.rope import Rope
-from moejax.parallel.context_parallel import FewestBytes, Way
+from moejax.parallel.context_parallel import FewestBytes, Way, without_devices
 from moejax.types import Context
 
 
@@ -39,6 +37,8 @@ class FullAttention(nn.Module):
       rope: rotary embedding, or None for none (NoPE).
       qk_norm: prototype of a norm on queries and on keys `[B, S, H, N]`, before RoPE: `RMSNorm()`
         per head (Qwen3), `RMSNorm(num_axes=2)` over all heads at once (OLMoE); None for none.
+      key_conv: prototype of a short convolution over the keys, after their norm and before RoPE
+        (`ShortConvolution()`), so that scores still depend on distances alone; None for none.
       use_bias: biases on the query, key and value projections.
       use_output_bias: a bias on the output projection.
       use_sinks: a learned logit per head joins every softmax and has no value: attention to it is
@@ -59,6 +59,7 @@ class FullAttention(nn.Module):
     head_dim: int | None = None
     rope: Rope | None = dataclasses.field(default_factory=Rope)
     qk_norm: nn.Module | None = None
+    key_conv: nn.Module | None = None
     use_bias: bool = False
     use_output_bias: bool = False
     use_sinks: bool = False
@@ -69,89 +70,56 @@ class FullAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B S D"], context: Context) -> Float[Array, "B S D"]:
-        batch, length, d_model = x.shape
-        head_dim = self._head_dim(d_model)
-
-        def project(name: str, heads: int) -> Array:
-            features, axes = heads * head_dim, ("embed", "heads")
-            linear = self.linear.copy(
-                features=features, use_bias=self.use_bias, axes=axes, name=name
-            )
-            y = linear(x, context).reshape(batch, length, heads, head_dim)
-            if self.qk_norm is None or name == "value":
-                return y
-            return self.qk_norm.copy(name=f"{name}_norm")(y)
-
-        q = project("query", self.num_heads)
-        k = project("key", self.num_kv_heads)
-        v = project("value", self.num_kv_heads)
-        q, k = jax.lax.optimization_barrier((q, k))  # the norm is computed once, not per reader
-        if self.rope is not None:
-            q, k = (self.rope(y, context.positions, context.cache_length) for y in (q, k))
+        q, k, v = grouped_heads.projected(self, x, context)
         sinks = None
         if self.use_sinks:
             zeros = nn.with_logical_partitioning(initializers.zeros, ("heads",))
             sinks = self.param("sinks", zeros, (self.num_heads,), jnp.float32)
         if context.decode:
-            out = self._attend_cache(q, k, v, context, sinks)
+            keys, values = decoding_cache.keys_and_values(self, k, v, context)
+            out = over_slots(q, keys, values, context, sinks, soft_cap=self.soft_cap)
+            out = decoding_cache.where_slots_are(out, context)
         else:
-            out = self._attend(q, k, v, context, sinks)
-        output = self.linear.copy(
-            features=d_model, use_bias=self.use_output_bias, axes=("heads", "embed"), name="output"
-        )
-        return output(out.reshape(batch, length, -1), context)
-
-    def _head_dim(self, d_model: int) -> int:
-        if min(self.num_heads, self.num_kv_heads) < 1 or self.num_heads % self.num_kv_heads:
-            raise UserError(
-                f"attention.num_kv_heads={self.num_kv_heads} must divide "
-                f"attention.num_heads={self.num_heads}"
-            )
-        if self.head_dim is not None:
-            return self.head_dim
-        if d_model % self.num_heads:
-            raise UserError(
-                f"attention.num_heads={self.num_heads} does not divide model.d_model={d_model}; "
-                "change one of them or set attention.head_dim"
-            )
-        return d_model // self.num_heads
-
-    def _attend(self, q: Array, k: Array, v: Array, context: Context, sinks: Array | None) -> Array:
-        def attend(q: Array, k: Array, v: Array, ids: Array, offset: Any, *sinks: Array) -> Array:
-            return full_attention(
-                q,
-                k,
-                v,
-                segment_ids=ids,
+            attend = functools.partial(
+                over_rows,
                 window=context.window,
-                sinks=sinks[0] if sinks else None,
                 soft_cap=self.soft_cap,
-                q_offset=offset,
                 implementation=self.implementation,
             )
+            # Initialisation has a row of any length.
+            way = without_devices if self.is_initializing() else self.context_parallel
+            per_head = () if sinks is None else (sinks,)
+            out = way(attend, q, k, v, context.segment_ids, *per_head)
+        return grouped_heads.output(self, out, x.shape[-1], context)
 
-        per_head = () if sinks is None else (sinks,)
-        if self.is_initializing():  # with a row of any length
-            return attend(q, k, v, context.segment_ids, 0, *per_head)
-        return self.context_parallel(attend, q, k, v, context.segment_ids, *per_head)
+    def full(self) -> FullAttention:
+        """Itself: see `moejax.attention`."""
+        return self
 
-    def _attend_cache(
-        self, q: Array, k: Array, v: Array, context: Context, sinks: Array | None
-    ) -> Array:
-        """Writes k and v at their positions, then attends to every slot up to the query's own."""
-        batch, length, heads, head_dim = k.shape
-        shape = (batch, decoding_cache.num_slots(length, context), heads, head_dim)
-        keys = self.variable("cache", "cached_key", jnp.zeros, shape, k.dtype)
-        values = self.variable("cache", "cached_value", jnp.zeros, shape, v.dtype)
-        keys.value = decoding_cache.write(keys.value, k, context)
-        values.value = decoding_cache.write(values.value, v, context)
-        out = softmax_attention(
-            *heads_first(q, keys.value, values.value),
-            decoding_cache.visible(context),
-            sinks,
-            soft_cap=self.soft_cap,
-        )
-        return decoding_cache.where_slots_are(heads_last(out), context)
+
+def over_rows(
+    q: Float[Array, "B S H N"],
+    k: Float[Array, "B M Hkv N"],
+    v: Float[Array, "B M Hkv N"],
+    segment_ids: Int[ArrayLike, "B M"],
+    q_offset: int | Int[ArrayLike, ""],
+    *sinks: Float[Array, "H"],
+    window: int | None,
+    soft_cap: float | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B S H N"]:
+    """What a way of `moejax.parallel.context_parallel` calls; `sinks` is one array or none."""
+    return full_attention(
+        q,
+        k,
+        v,
+        segment_ids=segment_ids,
+        window=window,
+        sinks=sinks[0] if sinks else None,
+        soft_cap=soft_cap,
+        q_offset=q_offset,
+        implementation=implementation,
+    )
 
 
 def example() -> FullAttention:

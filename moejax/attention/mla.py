@@ -19,7 +19,7 @@ from moejax.layers import decoding_cache
 from moejax.layers.linear import Linear, matrix_of
 from moejax.layers.norm import RMSNorm
 from moejax.layers.rope import Rope, YarnScaling
-from moejax.parallel.context_parallel import FewestBytes, Way
+from moejax.parallel.context_parallel import FewestBytes, Way, without_devices
 from moejax.types import Context
 
 # A latent is small and whole on every device; "embed" splits the matrices on both sides of it.
@@ -113,9 +113,9 @@ class MultiHeadLatentAttention(nn.Module):
                 implementation=self.implementation,
             )
 
-        if self.is_initializing():  # with a row of any length
-            return attend(q, k, v, context.segment_ids, 0)
-        return self.context_parallel(attend, q, k, v, context.segment_ids)
+        # Initialisation has a row of any length.
+        way = without_devices if self.is_initializing() else self.context_parallel
+        return way(attend, q, k, v, context.segment_ids)
 
     def _queries(self, x: Array, context: Context) -> tuple[Array, Array]:
         """The parts `[B, S, H, ...]` of the queries: as they are, and rotated."""

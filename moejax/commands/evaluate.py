@@ -103,7 +103,7 @@ def _held_out(model: Opened) -> dict[str, float]:
     data = model.data()
     with jax.set_mesh(model.mesh):
         evaluator = Evaluator(model.model, model.experiment.objective, data, model.mesh)
-        values = evaluator.run(model.variables)
+        values = evaluator.run(model.variables, model.step)
     return {name.removeprefix("eval/"): value for name, value in values.items()}
 
 

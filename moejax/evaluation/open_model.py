@@ -123,7 +123,7 @@ def _run(config: fdl.Config, folder: pathlib.Path, step: int | None, mesh: Mesh 
     loaded = load_variables(experiment, folder, step=step, mesh=mesh)
     eos = loaded.tokenizer.eos_id
     return Opened(
-        model=loaded.model,
+        model=loaded.model.at_step(loaded.step),
         variables=loaded.variables,
         mesh=loaded.mesh,
         tokenizer=loaded.tokenizer,

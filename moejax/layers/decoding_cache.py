@@ -5,6 +5,7 @@ What a slot holds is the method's own; where it is written and who may see it is
 
 from __future__ import annotations
 
+import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -32,6 +33,19 @@ def write(
     slots = jnp.where(context.token_mask, context.positions, context.cache_length)
     rows = jnp.arange(cached.shape[0])[:, None]
     return cached.at[rows, slots].set(new, mode="drop")
+
+
+def keys_and_values(
+    module: nn.Module, k: Float[Array, "B S G N"], v: Float[Array, "B S G Nv"], context: Context
+) -> tuple[Float[Array, "B M G N"], Float[Array, "B M G Nv"]]:
+    """Every slot's key and value, the new ones among them; kept as the module's variables."""
+    slots = num_slots(k.shape[1], context)
+    shape = lambda new: (new.shape[0], slots, *new.shape[2:])
+    keys = module.variable("cache", "cached_key", jnp.zeros, shape(k), k.dtype)
+    values = module.variable("cache", "cached_value", jnp.zeros, shape(v), v.dtype)
+    keys.value = write(keys.value, k, context)
+    values.value = write(values.value, v, context)
+    return keys.value, values.value
 
 
 def visible(context: Context) -> Bool[Array, "B S M"]:

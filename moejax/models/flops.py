@@ -2,9 +2,11 @@
 
 6 per active matmul weight and token (2 forward, 4 backward), and for causal attention
 12 * keys * H * N per layer and token, where keys is the mean number of keys a query may see and N
-the mean width of a key and a value (scores and values, 2 each forward and 4 backward). Chowdhery
-et al., "PaLM", arXiv 2204.02311, appendix B, with the causal half not counted. Recomputation under
-remat is not useful work and is not counted.
+the mean width of a key and a value (scores and values, 2 each forward and 4 backward). Attention to
+blocks counts the keys that are attended and 2 N for every product of a query with a mean key, which
+has no backward pass; where it is switched on or off at a step, as while it is on: the least.
+Chowdhery et al., "PaLM", arXiv 2204.02311, appendix B, with the causal half not counted.
+Recomputation under remat is not useful work and is not counted.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import math
 
 import jax
 
+from moejax.models.stack import Layer
 from moejax.models.transformer import Transformer
 from moejax.models.variables import parameters
 
@@ -51,15 +54,22 @@ def size(model: Transformer, sequence_length: int) -> Size:
 
 
 def _attention_flops(model: Transformer, sequence_length: int) -> float:
-    attention = model.block.attention
+    return sum(
+        len(segment.indices(member)) * _layer_flops(layer, model.d_model, sequence_length)
+        for segment in model.segments
+        for member, layer in enumerate(segment.layers)
+    )
+
+
+def _layer_flops(layer: Layer, d_model: int, sequence_length: int) -> float:
+    attention = layer.block.attention
     heads = getattr(attention, "num_heads", 0)
-    one = getattr(attention, "head_dim", None) or model.d_model // max(heads, 1)
+    one = getattr(attention, "head_dim", None) or d_model // max(heads, 1)
     key, value = getattr(attention, "head_widths", (one, one))
     width = heads * (key + value) / 2
-    total = 0.0
-    for index in range(model.num_layers):
-        window = model.windows[index % len(model.windows)] or sequence_length
-        reach = min(window, sequence_length)
-        average = reach - reach * (reach - 1) / (2 * sequence_length)  # mean number of visible keys
-        total += 12 * average * width
-    return total
+    if layer.window is None and hasattr(attention, "mean_keys"):
+        keys, scores = attention.mean_keys(sequence_length), attention.mean_scores(sequence_length)
+        return 12 * keys * width + 2 * scores * key
+    reach = min(layer.window or sequence_length, sequence_length)
+    average = reach - reach * (reach - 1) / (2 * sequence_length)  # mean number of visible keys
+    return 12 * average * width

@@ -32,6 +32,17 @@ def check_settings(model: Any) -> None:
             f"model.boundaries={model.boundaries} must lie between 1 and "
             f"model.num_layers - 1 = {model.num_layers - 1}"
         )
+    if not 0 <= model.last_k_full <= model.num_layers:
+        raise UserError(
+            f"model.last_k_full={model.last_k_full} names no layers: it must lie between 0 and "
+            f"model.num_layers={model.num_layers}"
+        )
+    if model.last_k_full and not hasattr(model.block.attention, "full"):
+        raise UserError(
+            f"model.last_k_full={model.last_k_full} needs an attention that can also attend every "
+            f"key in the same parameters, as MoBA can, and {type(model.block.attention).__name__} "
+            "has no method full(): leave it out"
+        )
     if any(model.is_dense(i) for i in range(model.num_layers)) and model.dense_ffn is None:
         raise UserError(
             f"model.first_k_dense={model.first_k_dense} and model.moe_every={model.moe_every} "

@@ -36,6 +36,8 @@ class Transformer:
       moe_every: of the rest, every n-th is MoE, the last of each n (Qwen's decoder_sparse_step).
       windows: sliding windows in positions, cycled over the layers; None is full attention. A
         window of W sees the token itself and the W - 1 before it (as Hugging Face counts).
+      last_k_full: the last so many layers attend every earlier key, in the same parameters: with
+        `block.attention.full()` (MoBA's hybrid).
       boundaries: layers at which a new run of stacked layers begins, beside those that the pattern
         asks for. Changes how parameters are stacked, and speed, not the result.
       max_length: longest sequence the model accepts, None for no limit.
@@ -58,6 +60,7 @@ class Transformer:
     first_k_dense: int = 0
     moe_every: int = 1
     windows: tuple[int | None, ...] = (None,)
+    last_k_full: int = 0
     boundaries: tuple[int, ...] = ()
     max_length: int | None = None
     tied_head: bool = False
@@ -90,12 +93,25 @@ class Transformer:
             layers = self.adapter.attach(layers, *self._one_token())
         return stack.segments(layers)
 
+    def at_step(self, step: int) -> Transformer:
+        """The model as it computes at that step of training, without a switch.
+
+        For evaluation and sampling, which know no step.
+        """
+        attention = self.block.attention
+        if not hasattr(attention, "at_step"):
+            return self
+        block = self.block.clone(attention=attention.at_step(step))
+        return dataclasses.replace(self, block=block)
+
     def _layer(self, index: int) -> stack.Layer:
         dense = self.is_dense(index)
         window = self.windows[index % len(self.windows)]
         block = self.block.clone(ffn=self.dense_ffn) if dense else self.block
+        full = index >= self.num_layers - self.last_k_full
+        block = block.clone(attention=block.attention.full()) if full else block
         run = sum(boundary <= index for boundary in self.boundaries)
-        return stack.Layer(block=block, kind=(dense, window, run), window=window)
+        return stack.Layer(block=block, kind=(dense, window, run, full), window=window)
 
     @functools.cached_property
     def moe_layers(self) -> dict[int, tuple[str, int]]:

@@ -40,6 +40,13 @@ class Way(Protocol):
     ) -> Array: ...
 
 
+def without_devices(
+    attend: Attend, q: Array, k: Array, v: Array, segment_ids: Any, *per_head: Array
+) -> Array:
+    """The way of a row that lies whole where it is used, of any length."""
+    return attend(q, k, v, segment_ids, 0, *per_head)
+
+
 @dataclasses.dataclass(frozen=True)
 class Ulysses:
     """Every device exchanges its part of all heads' rows for whole rows of a part of the heads.

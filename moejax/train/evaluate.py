@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moejax.data.pipeline import Loaders
 from moejax.kernels import compat
@@ -23,8 +24,8 @@ class Evaluator:
     ):
         token_bytes = jnp.asarray(data.tokenizer.token_bytes())
 
-        def eval_step(variables: Any, batch: Any):
-            result = objective(model, variables, batch, token_bytes=token_bytes)
+        def eval_step(variables: Any, batch: Any, step: Any):
+            result = objective(model, variables, batch, token_bytes=token_bytes, step=step)
             return result.terms, result.measures
 
         self._step = jax.jit(
@@ -34,11 +35,14 @@ class Evaluator:
         )
         self._data, self._mesh = data, mesh
 
-    def run(self, variables: Any) -> dict[str, float]:
-        """{"eval/loss": nats per token, "eval/bits_per_byte": ..., other terms by name}."""
+    def run(self, variables: Any, step: int) -> dict[str, float]:
+        """{"eval/loss": nats per token, "eval/bits_per_byte": ..., other terms by name}.
+
+        `step` is that of training from which the variables are, for layers that switch at one.
+        """
         total = None
         for batch in self._data.eval:
-            sums = self._step(variables, layout.global_batch(batch, self._mesh))
+            sums = self._step(variables, layout.global_batch(batch, self._mesh), np.int32(step))
             total = sums if total is None else jax.tree.map(lambda a, b: a + b, total, sums)
         terms, measures = jax.device_get(total)
         values = means(terms, prefix="eval/") | means(measures, prefix="eval/")

@@ -25,7 +25,7 @@ def finish(
     records: Records,
 ) -> dict[str, Any]:
     """Evaluates, samples and writes the run's last record, which it returns."""
-    results: dict[str, Any] = evaluator.run(variables)
+    results: dict[str, Any] = evaluator.run(variables, experiment.steps)
     records.write("eval", experiment.steps, results)
     if experiment.prompts:  # before the baselines, which the first process computes alone
         results["sample"] = "\n\n".join(_continuations(experiment, model, data, variables))
@@ -37,7 +37,7 @@ def finish(
 
 def _continuations(experiment, model, data, variables) -> list[str]:
     return continue_texts(
-        model,
+        model.at_step(experiment.steps),
         variables,
         data.tokenizer,
         experiment.prompts,

@@ -178,7 +178,9 @@ class _Run:
         """Runs every step that is left, or until a signal or `until` pauses the run."""
         experiment = self._experiment
         if experiment.init_from is not None and self._start == 0:
-            self._records.write("eval", 0, evaluator.run(state.variables))  # to see what it gains
+            self._records.write(
+                "eval", 0, evaluator.run(state.variables, 0)
+            )  # to see what it gains
         with (
             _progress(experiment.steps, self._start) as progress,
             self._data.train.iterate(self._start) as batches,
@@ -193,7 +195,7 @@ class _Run:
                 if done == experiment.steps:
                     break
                 if _due(done, experiment.eval_every):
-                    self._records.write("eval", done, evaluator.run(state.variables))
+                    self._records.write("eval", done, evaluator.run(state.variables, done))
                 if _due(done, experiment.checkpoint_every):
                     self._save(done, state)
                 received = self._stop.poll()

@@ -72,7 +72,9 @@ def variants(experiment: Experiment, model: Transformer, num_devices: int) -> It
         changed = with_ffn(model, experts=defined)
         yield Variant(name="experts by definition", experiment=alone, model=changed)
     if hasattr(model.block.attention, "implementation"):
-        attention = model.block.attention.clone(implementation="reference")
+        kernels = ("implementation", "full_implementation")
+        found = [name for name in kernels if hasattr(model.block.attention, name)]
+        attention = model.block.attention.clone(**dict.fromkeys(found, "reference"))
         changed = dataclasses.replace(model, block=model.block.clone(attention=attention))
         yield Variant(name="attention by definition", experiment=alone, model=changed)
     for remat in ("full", "none"):

@@ -83,7 +83,8 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(spec, build, tmp_pat
         np.testing.assert_array_equal(value, right[path], err_msg=path)
 
 
-def test_each_published_model_has_one_and_so_have_adapters():
-    names = ("deepseek_v3", "gpt_oss_20b", "lora", "mixtral_8x7b", "olmoe_1b_7b", "qwen3_30b_a3b")
+def test_each_published_model_has_one_and_so_have_adapters_and_long_context():
+    names = ("deepseek_v3", "gpt_oss_20b", "long_context_moba", "lora")
+    names += ("mixtral_8x7b", "olmoe_1b_7b", "qwen3_30b_a3b")
     own = {f"configs/{name}.py:smoke" for name in names}
     assert own | {f"configs/mixture_of_lora.py:{name}" for name in MIXTURES} == set(SMOKES)
