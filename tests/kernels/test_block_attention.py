@@ -11,7 +11,7 @@ from moejax.kernels.block_attention import (
     combine,
     implementations,
     operands,
-    packed,
+    packed_passes,
 )
 from moejax.kernels.block_attention import conformance as kit
 
@@ -85,7 +85,7 @@ def _own_part_alone(own, own_lse, rows, rows_lse, slots):
     [
         (blocks, "_reach", _no_window, "segments", "whole blocks"),
         (operands, "select", _another_block, "whole blocks", "every block"),
-        (packed, "combine", _own_part_alone, "grouped queries", "own block alone"),
+        (packed_passes, "combine", _own_part_alone, "grouped queries", "own block alone"),
     ],
 )
 def test_a_mistake_is_noticed(monkeypatch, place, name, mistake, found_by, not_by):

@@ -8,7 +8,7 @@ An implementation is a module of this package with
     backward(q, k, v, out, lse, d_out, plan, blocks, *, scale)  -> (dq, dk, dv)
 
 with queries `[B, Hkv, G, S, d]` and keys `[B, Hkv, M, d]`. Adding one is a file and its name here.
-One that packs replaces `routed_tiles.py` and nothing else.
+One that packs takes `packed_passes.py` and replaces `routed_tiles.py` alone.
 """
 
 from __future__ import annotations
