@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from moejax.kernels import dispatch
 
-IMPLEMENTATIONS = ("scan", "packed")
+IMPLEMENTATIONS = ("scan", "packed", "tpu")
 PRODUCTS = ("forward", "backward")
 DTYPES = ("float32", "bfloat16")  # for which the conformance kit has tolerances
 
