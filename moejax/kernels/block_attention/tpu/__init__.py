@@ -22,7 +22,8 @@ __all__ = ["DTYPES", "LARGEST_BLOCK", "backward", "forward", "obstacle", "plan"]
 
 DTYPES = ("float32", "bfloat16")
 
-# Keys. The scores of 128 queries, and a block's keys, values and gradients, are in VMEM together.
+# Keys. A whole block, its gradients and the scores of 128 queries are in VMEM together: up to here
+# there is room for float32 of width 384 and values as wide, and beyond it for ever less.
 LARGEST_BLOCK = 2048
 
 _REGISTER_BYTES = 32  # of one lane: 8 rows of float32, 16 of bfloat16
