@@ -80,6 +80,27 @@ def test_tiles_of_several_heights(monkeypatch, dtype):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_in_whole_registers(monkeypatch, dtype):
+    """As models have them, where the kit's arrays fill a part of one."""
+    # Scores are sums of 128 products: "packed" too is off by 1.2e-6.
+    monkeypatch.setitem(kit.TOLERANCE, "float32", 3e-6)
+    sizes = {"num_heads": 2, "kv_heads": 1, "width": 128, "value_width": 128}
+    assert not failures(kit.Case("whole registers", 400, 128, 3, **sizes), dtype=dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("product", implementations.PRODUCTS)
+def test_what_verify_kernels_times(monkeypatch, product):
+    monkeypatch.setattr(verification, "CPU", verification.Sizes(300, 4, 2, 16, 16, 4))
+    want = verification.call("packed", product, "float32", 0.0)()
+    with compat.interpret_tpu():
+        got = verification.call("tpu", product, "float32", 0.0)()
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", [("tpu", "packed"), ("scan", "tpu")])
 def test_each_product_may_have_an_implementation_of_its_own(monkeypatch, choice):
     chosen = implementations.Choice(*choice)
