@@ -70,6 +70,8 @@ TALL = kit.Case("tall tiles", 56, 16, 3, num_heads=64, kv_heads=1, width=8, valu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_tiles_of_several_heights(monkeypatch, dtype):
     """Of 7,168 rows for three blocks; the other cases have too few for more than the least."""
+    # Of the sums of 7,168 rows for dk: in float32 the definition is off by 1.9e-6 from float64.
+    monkeypatch.setitem(kit.TOLERANCE, "float32", 3e-6)
     heights, height_of = [], routed.tile_height
     note = lambda *a, **b: heights.append(height_of(*a, **b)) or heights[-1]
     monkeypatch.setattr(routed, "tile_height", note)
