@@ -66,7 +66,9 @@ def moba_attention(
       heads: "query": every query head chooses for itself. "group": those that share a key head
         choose together, by the sum of their scores.
       implementation: one of `IMPLEMENTATIONS`, or None: "scan", which computes every pair, where
-        the keys are few, and else what `dispatch.choose` picks. "reference" is the definition, for
+        the keys are few, and else what `dispatch.choose` picks: "packed", which computes only the
+        chosen ones, until another was accepted. "tpu" is "packed" with kernels of its own, in
+        float32 and bfloat16 and blocks of whole registers. "reference" is the definition, for
         comparisons.
 
     Raises:

@@ -8,7 +8,7 @@ An implementation is a module of this package with
     backward(q, k, v, out, lse, d_out, plan, blocks, *, scale)  -> (dq, dk, dv)
 
 with queries `[B, Hkv, G, S, d]` and keys `[B, Hkv, M, d]`. Adding one is a file and its name here.
-One that packs replaces `routed_tiles.py` and nothing else.
+One that packs takes `packed_passes.py` and replaces `routed_tiles.py` alone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from moejax.kernels import dispatch
 
-IMPLEMENTATIONS = ("scan", "packed")
+IMPLEMENTATIONS = ("scan", "packed", "tpu")
 PRODUCTS = ("forward", "backward")
 DTYPES = ("float32", "bfloat16")  # for which the conformance kit has tolerances
 

@@ -104,7 +104,7 @@ def multiply(
             (of_weights,) * len(weights),
             (of_biases,) * len(biases),
         ),
-        out_spec=of_results,
+        out_specs=(of_results,) * len(products.dtypes),
         outs=tuple(jax.ShapeDtypeStruct((num_rows, outer), dtype) for dtype in products.dtypes),
         sums=(jax.ShapeDtypeStruct((blocks.rows, blocks.outer), acc),) * num_sums,
         flops=2 * len(products.terms) * num_rows * inner * outer,

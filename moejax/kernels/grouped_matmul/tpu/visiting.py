@@ -69,25 +69,26 @@ def call(
     grid: tuple[int, ...],
     semantics: tuple[str, ...],
     in_specs: tuple[tuple[pl.BlockSpec, ...], ...],
-    out_spec: pl.BlockSpec,
+    out_specs: tuple[pl.BlockSpec, ...],
     outs: tuple[jax.ShapeDtypeStruct, ...],
     sums: tuple[jax.ShapeDtypeStruct, ...],
     flops: int,
+    transcendentals: int = 0,
 ) -> tuple[Array, ...]:
     """Runs `kernel(visits, *operands, outs, sums)` at every step of the grid; returns the outs.
 
     The kernel gets `VisitRefs` and tuples of refs, grouped as `operands` are.
 
     Args:
-      out_spec: of every one of `outs`.
+      out_specs: of each of `outs`.
       sums: what is kept in VMEM from one step to the next.
-      flops: of the whole call, for XLA's scheduler.
+      flops, transcendentals: of the whole call, for XLA's scheduler.
     """
     varying = jax.typeof(visits.group).manual_axis_type  # operands vary alike: compat.vary_alike
     cost = pl.CostEstimate(
         flops=flops,
         bytes_accessed=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((operands, outs))),
-        transcendentals=0,
+        transcendentals=transcendentals,
     )
     return pl.pallas_call(
         kernel,
@@ -98,7 +99,7 @@ def call(
             num_scalar_prefetch=1,
             grid=grid,
             in_specs=in_specs,
-            out_specs=((out_spec,) * len(outs),),
+            out_specs=(out_specs,),
             scratch_shapes=[tuple(pltpu.VMEM(x.shape, x.dtype) for x in sums)],
         ),
         compiler_params=pltpu.CompilerParams(

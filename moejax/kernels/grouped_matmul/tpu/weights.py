@@ -39,8 +39,10 @@ def grad_rhs(lhs: Array, dout: Array, groups: LocalGroups, *, transpose_rhs: boo
                 pl.BlockSpec((blocks.rows, blocks.outer), lambda i, j, v, vs: (vs.tile[v], j)),
             ),
         ),
-        out_spec=pl.BlockSpec(
-            (None, blocks.inner, blocks.outer), lambda i, j, v, vs: (vs.group[v], i, j)
+        out_specs=(
+            pl.BlockSpec(
+                (None, blocks.inner, blocks.outer), lambda i, j, v, vs: (vs.group[v], i, j)
+            ),
         ),
         outs=(jax.ShapeDtypeStruct((num_groups, inner, outer), dtype),),
         sums=(jax.ShapeDtypeStruct((blocks.inner, blocks.outer), acc),),
