@@ -11,6 +11,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
@@ -169,7 +170,7 @@ class MoBA(nn.Module):
             q,
             keys,
             values,
-            context.positions,
+            jnp.asarray(context.positions),
             block_size=self.block_size,
             top_k=self.top_k,
             heads=self.selection,

@@ -10,6 +10,7 @@ import pytest
 
 from moejax.attention.full import FullAttention
 from moejax.attention.mla import MultiHeadLatentAttention
+from moejax.attention.moba import MoBA
 from moejax.kernels import compat
 from moejax.kernels.full_attention import full_attention
 from moejax.verification.contracts.cases import make_context
@@ -21,6 +22,7 @@ ATTENTIONS = {
     "latent": MultiHeadLatentAttention(
         num_heads=2, kv_lora_rank=6, nope_head_dim=4, rope_head_dim=2, v_head_dim=3
     ),
+    "blocks, then all": MoBA(num_heads=2, num_kv_heads=1, top_k=4, until_step=5),
 }
 
 
