@@ -54,8 +54,9 @@ STEP = (
         name="aux-lost-in-scan",
         story="the scan over layers returns the last layer's balance loss instead of the sum",
         file="models/stack.py",
-        old="jax.tree.map(lambda t: t.sum(axis=0), new_terms)",
-        new="jax.tree.map(lambda t: t.sum(axis=0) if unroll > 1 else t[-1], new_terms)",
+        old="_over_layers(segment, told)\n        stats",
+        new="_over_layers(segment, told if unroll > 1 else jax.tree.map(lambda t: t[-1:], told))\n"
+        "        stats",
         variant="unrolled layers",
         caught="loss",
     ),
