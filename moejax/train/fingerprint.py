@@ -82,15 +82,17 @@ def _block_words(block: jax.Array, start: jax.Array, count: jax.Array) -> jax.Ar
     """The words of the first `count` elements of a block of unsigned integers."""
     rows = block.reshape(-1, _ROW)
 
-    def add_row(row: jax.Array, sums: jax.Array) -> jax.Array:
+    def add_row(row: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         place = row * _ROW + jnp.arange(_ROW)
         positions = start + place.astype(jnp.uint32)
         words = rows[row].astype(jnp.uint32)
-        keyed = jnp.stack([_keyed(words, positions, half) for half in _HALVES])
-        return sums + jnp.where(place < count, keyed, 0)
+        keyed = (jnp.where(place < count, _keyed(words, positions, half), 0) for half in _HALVES)
+        return tuple(map(jnp.add, sums, keyed))
 
-    sums = jax.lax.fori_loop(0, rows.shape[0], add_row, jnp.zeros((2, _ROW), jnp.uint32))
-    return sums.sum(axis=-1, dtype=jnp.uint32)
+    # A sum for each half: stacked, jax 0.10 takes 17 times as long.
+    none = (jnp.zeros(_ROW, jnp.uint32),) * len(_HALVES)
+    sums = jax.lax.fori_loop(0, rows.shape[0], add_row, none)
+    return jnp.stack([half.sum(dtype=jnp.uint32) for half in sums])
 
 
 def _by_devices(leaves: dict[str, jax.Array]) -> list[dict[str, jax.Array]]:
