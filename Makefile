@@ -6,6 +6,7 @@
 #                     install for it: tpu (default), tpu,cuda (4 GB), tpu,cuda,tokamax
 #   make bench        the speed figures of docs/benchmarks.md
 #   make lint
+#   make audit        known vulnerabilities of the pinned dependencies
 PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?= tpu
@@ -16,7 +17,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 CPU_TUNING := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_ARENA_MAX=1 \
 	MALLOC_TOP_PAD_=268435456 GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
-.PHONY: train test test-fast test-full bench lint clean
+.PHONY: train test test-fast test-full bench lint audit clean
 
 train: $(VENV)/.installed
 	$(CPU_TUNING) $(BIN)/moejax train configs/tiny.py $(ARGS)
@@ -39,6 +40,15 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+audit: .venv-audit/.installed
+	.venv-audit/bin/python tools/audit_dependencies.py
+
+# Of its own: what it needs is no dependency of moejax.
+.venv-audit/.installed:
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --quiet pip-audit==2.10.1
+	touch $@
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -51,4 +61,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) .cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-audit .cache .pytest_cache .ruff_cache
