@@ -100,7 +100,7 @@ def vocabulary(experiment: Experiment, stated: int | None = None) -> int:
     if found := stated or getattr(tokenizer, "vocab_size", None):
         return found
     try:
-        return tokenizer.prepare(None, experiment.data.cache_dir).vocab_size
+        return tokenizer.prepare(None, experiment.data.cache_dir or "").vocab_size
     except (UserError, AttributeError, TypeError) as error:
         raise UserError(
             f"the size of the vocabulary is not known without the tokenizer ({error}): set "

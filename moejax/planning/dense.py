@@ -33,7 +33,9 @@ def expansions(
     experts = model.moe.num_experts
     slots = getattr(model.moe.transport, "num_slots", 0)
     counts = {experts, experts // num_owners, experts // num_owners + slots} - {0, 1}
-    width = min(model.d_model, getattr(model.moe.experts, "d_ff", model.d_model))
+    widths = model.d_model, getattr(model.moe.experts, "d_ff", model.d_model)
+    # A weight may have as many rows as there are tokens; both gated matrices may be one.
+    weights = {tuple(sorted((n, widths[0], f * widths[1]))) for n in counts for f in (1, 2)}
     found = []
     for lines in module.computations.values():
         for line in lines:
@@ -41,7 +43,10 @@ def expansions(
             if name is None or "/ffn/" not in name[1]:
                 continue
             for array in line.arrays:
-                if _is_expanded(array.dims, counts, tokens, width):
+                dims = tuple(n for n in array.dims if n > 1)
+                if tuple(sorted(dims)) in weights:
+                    continue
+                if _is_expanded(dims, counts, tokens, min(widths)):
                     found.append(f"{line.name} {list(array.dims)}")
     return found
 
