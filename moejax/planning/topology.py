@@ -156,15 +156,15 @@ def _gpus(topology: Topology) -> list[jax.Device]:
     return _described("cuda", topology.chip.name, topology, **options)
 
 
-def _described(platform: str, name: str, topology: Topology, **options: Any) -> list[jax.Device]:
+def _described(platform: str, name: str, asked: Topology, **options: Any) -> list[jax.Device]:
     from jax.experimental import topologies
 
     try:
         found = topologies.get_topology_desc(platform=platform, topology_name=name, **options)
     except (jax.errors.JaxRuntimeError, NotImplementedError, RuntimeError) as error:
         first = str(error).splitlines()[0]
-        raise UserError(f"the compiler does not know {topology.name}: {first}") from error
+        raise UserError(f"the compiler does not know {asked.name}: {first}") from error
     devices = list(found.devices)
-    if len(devices) != topology.num_devices:
-        raise ValueError(f"{topology.name} has {len(devices)}, not {topology.num_devices} devices")
+    if len(devices) != asked.num_devices:
+        raise ValueError(f"{asked.name} has {len(devices)}, not {asked.num_devices} devices")
     return devices
