@@ -175,3 +175,11 @@ def large_h100_64() -> fdl.Config:
     placed.mesh.fsdp, placed.mesh.expert = 8, 8
     placed.num_microbatches = 16
     return placed
+
+
+def large_v5p_128() -> fdl.Config:
+    """gpt-oss-120b on a TPU v5p-128, which is 64 chips and so 64 devices."""
+    placed = large()
+    placed.mesh.fsdp, placed.mesh.expert = 8, 8
+    placed.num_microbatches = 16
+    return placed

@@ -45,8 +45,9 @@ MAY_IMPORT = {
     "experiment": EXPERIMENT,
     "train": TRAIN,
     "verification": TRAIN | {"train"},
+    "planning": TRAIN | {"train"},
     "evaluation": TRAIN | {"train", "config"},
-    "commands": TRAIN | {"train", "verification", "evaluation", "config"},
+    "commands": TRAIN | {"train", "verification", "planning", "evaluation", "config"},
     "__main__": {"commands"},
     "__init__": set(),
 }

@@ -33,8 +33,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import jax
 import jaxlib
 from transport_bench import layer, machines, timing
-from transport_bench.program import Program
+from transport_bench.program import balanced
 
+from moejax.planning.compile import compile_step
 from moejax.transport.all_gather import AllGather
 from moejax.transport.all_to_all import AllToAll
 from moejax.transport.least_loaded import LeastLoaded
@@ -110,14 +111,17 @@ def _compiled(args: argparse.Namespace, name: str, shape: layer.Shape, devices) 
             experiment = model.mixtral(
                 transport, num_devices=len(devices), implementation=args.implementation
             )
-            program = model.compiled(experiment, devices)
+            step = compile_step(experiment, devices, vocab_size=model.VOCABULARY)
+            if step.program is None:
+                return {"does not fit": _needed(step.refusal)}
+            program = step.program
         else:
             program = layer.compiled(transport, shape, devices, implementation=args.implementation)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return {"does not fit": " ".join(re.findall(r"Used .*?hbm[^.]*\.", str(error))[:1])}
-    memory, work = program.memory_analysis(), Program(program.as_text()).balanced
+        return {"does not fit": _needed(str(error))}
+    memory, work = program.memory_analysis(), balanced(program.as_text(), len(devices))
     return {
         "temporaries": memory.temp_size_in_bytes,
         "arguments": memory.argument_size_in_bytes,
@@ -127,6 +131,10 @@ def _compiled(args: argparse.Namespace, name: str, shape: layer.Shape, devices) 
         "dot_flops": work.flops,
         "compile_seconds": round(time.perf_counter() - start),
     }
+
+
+def _needed(refusal: str) -> str:
+    return " ".join(re.findall(r"Used .*?hbm[^.]*\.", refusal)[:1])
 
 
 def _seconds(name: str, shape: layer.Shape, kind: str, calls: int) -> float:

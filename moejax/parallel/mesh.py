@@ -7,10 +7,10 @@ import math
 from collections.abc import Sequence
 
 import jax
-import numpy as np
 from jax.sharding import AxisType
 
 from moejax.errors import UserError
+from moejax.parallel.placement import placed
 from moejax.parallel.sharding import RULES
 
 AXES = ("data", "fsdp", "expert", "tensor", "context")
@@ -22,7 +22,7 @@ class Mesh:
 
     Attributes:
       data: replicas of all parameters, each with its share of the batch; None takes what the other
-        axes leave of the devices.
+        axes leave of the devices. The only axis that spans several slices of TPUs.
       fsdp: parameters, gradients and optimiser state are split this many ways and gathered where
         they are used; the batch is split too.
       expert: experts are split this many ways; the batch and all other parameters are too.
@@ -82,7 +82,8 @@ class Mesh:
     def build(self, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
         """The mesh over `devices` (all by default), or the first of them if it needs fewer.
 
-        Raises UserError where a run of several processes would leave some of them without devices.
+        Raises UserError where a run of several processes would leave some of them without devices,
+        and where an axis other than `data` would span slices of TPUs (`placement.py`).
         """
         devices = jax.devices() if devices is None else list(devices)
         sizes = self.sizes(len(devices))
@@ -93,9 +94,5 @@ class Mesh:
                 f"must use all: leave mesh.data unset, or set it to "
                 f"{len(devices) * sizes['data'] // needed}"
             )
-        return jax.make_mesh(
-            tuple(sizes.values()),
-            AXES,
-            axis_types=(AxisType.Auto,) * len(AXES),
-            devices=np.asarray(devices[:needed], dtype=object),
-        )
+        arranged = placed(devices[:needed], sizes)
+        return jax.sharding.Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))

@@ -11,8 +11,8 @@ import time
 import jax
 import jax.numpy as jnp
 
-# Dense bf16 FLOP/s per chip as JAX counts devices; sources: the vendors' data sheets.
-_KNOWN = {
+# Dense bf16 FLOP/s per device as JAX counts them; sources: the vendors' data sheets.
+KNOWN = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
     "TPU v5e": 197e12,
@@ -20,6 +20,7 @@ _KNOWN = {
     "TPU v5p": 459e12,
     "TPU v6 lite": 918e12,
     "TPU v6e": 918e12,
+    "TPU7x": 2307e12 / 2,  # a chip is two devices
     "NVIDIA A100": 312e12,
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
@@ -32,10 +33,10 @@ def peak_flops() -> float | None:
     device = jax.devices()[0]
     if device.platform == "cpu":
         return measure_matmul()
-    matches = [kind for kind in _KNOWN if device.device_kind.startswith(kind)]
+    matches = [kind for kind in KNOWN if device.device_kind.startswith(kind)]
     if not matches:
         return None
-    return _KNOWN[max(matches, key=len)] * jax.device_count()
+    return KNOWN[max(matches, key=len)] * jax.device_count()
 
 
 def measure_matmul(width: int = 2048, repeats: int = 5) -> float:

@@ -63,7 +63,7 @@ def at_root(monkeypatch, unchecked):  # an abstract mesh stands for one of so ma
 def test_there_are_some():
     stems = {spec.partition(":")[0] for spec in TOPOLOGIES}
     assert len(stems) == 5
-    assert len(TOPOLOGIES) == 11
+    assert len(TOPOLOGIES) == 12
 
 
 @pytest.mark.parametrize("spec", TOPOLOGIES)

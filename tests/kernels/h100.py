@@ -4,11 +4,12 @@ Needs `pip install "jax[cuda13]"` (4.4 GB).
 """
 
 import importlib.util
-import pathlib
 
 import jax
 import pytest
 from jax.experimental import topologies
+
+from moejax.planning.topology import H100_TARGET
 
 NEEDS_COMPILER = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda13_plugin") is None,
@@ -22,7 +23,7 @@ def mesh():
     topology = topologies.get_topology_desc(
         topology_name="h100",
         platform="cuda",
-        target_config=pathlib.Path(__file__).with_name("h100_target.txtpb").read_text(),
+        target_config=H100_TARGET.read_text(),
         topology="1x1x4",
     )
     jax.config.update("jax_enable_compilation_cache", False)  # what has no client cannot be read

@@ -17,7 +17,7 @@ TOKENS, NUM_EXPERTS, K, D = 256, 16, 2, 32
 TOOLS = pathlib.Path(__file__).resolve().parents[2] / "tools"
 with pytest.MonkeyPatch.context() as _patch:
     _patch.setattr(sys, "path", [str(TOOLS), *sys.path])
-    from transport_bench.program import Program
+    from transport_bench.program import balanced
 
 
 def compute(rows, local_ids, gate, weights):
@@ -42,7 +42,7 @@ def balanced_work(transport, mesh):
             jax.ShapeDtypeStruct((NUM_EXPERTS, D, D), jnp.float32),
             jax.ShapeDtypeStruct((TOKENS, K), jnp.int32),
         )
-        return Program(lowered.compile().as_text()).balanced
+        return balanced(lowered.compile().as_text())
 
 
 @pytest.mark.slow
@@ -77,6 +77,7 @@ def test_collectives_are_counted_on_the_balanced_path():
   ROOT %w = f32[8,4] while(%p), condition=%sum, body=%body
 }
 %single (p: f32[8,4]) -> f32[8,4] {
+  %p = f32[8,4] parameter(0)
   %a = (f32[8,4], f32[8,4]) all-to-all-start(%p), replica_groups={}
   %b = f32[8,4] all-to-all-done(%a)
   ROOT %c = f32[8,4] all-to-all(%b), replica_groups={}
@@ -90,12 +91,12 @@ def test_collectives_are_counted_on_the_balanced_path():
 }
 ENTRY %main (x: f32[8,4]) -> f32[8,4] {
   %x = f32[8,4] parameter(0)
-  %r = f32[8,4] all-reduce(%x), to_apply=%sum
+  %r = f32[8,4] all-reduce(%x), replica_groups={}, to_apply=%sum
   %f = f32[8,4] conditional(%r, %x, %x), branch_computations={%nothing, %fetch}
   ROOT %y = f32[8,4] conditional(%r, %f, %f), true_computation=%rounds, false_computation=%single
 }
 """
-    work = Program(text).balanced
+    work = balanced(text)
     assert work.collectives == {"all-reduce": 1, "all-to-all": 2}
     assert work.num_bytes == {"all-reduce": 128, "all-to-all": 256}
     assert work.flops == 2 * 8 * 6 * 4

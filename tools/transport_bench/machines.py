@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import jax
+
+from moejax.planning.topology import parse
 
 NUM_DEVICES = 8
 TPU = "v5p:2x2x2"  # eight chips
@@ -18,16 +18,7 @@ def simulated() -> list[jax.Device]:
 
 
 def described(topology: str = TPU) -> list[jax.Device]:
-    """Those of a TPU topology, for compiling only. Needs `pip install libtpu`."""
-    from jax.experimental import topologies
-
+    """Those of a topology, for compiling only. Needs `pip install libtpu`."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)  # there is no client to read it
-    # Without these libtpu asks the network which TPU it is on, and refuses a second process.
-    os.environ |= {
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5p-8",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-    }
-    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    return parse(topology).devices()

@@ -9,11 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import NamedSharding
-
 from moejax.attention.full import FullAttention
 from moejax.balance.load_balance import TwoPassLoadBalance
 from moejax.data.pack import BestFit
@@ -32,12 +27,7 @@ from moejax.objectives.lm import NextToken
 from moejax.optim.optimizer import AdamW
 from moejax.optim.schedule import WarmupCosine
 from moejax.parallel.mesh import Mesh
-from moejax.parallel.sharding import partition_spec
 from moejax.routers.topk import TopK
-from moejax.train import layout
-from moejax.train.assemble import assemble
-from moejax.train.step import jit_step
-from moejax.types import Batch
 
 VOCABULARY, SEQUENCES, LENGTH = 32_000, 4, 4096
 
@@ -74,35 +64,3 @@ def mixtral(
         sequence_length=LENGTH,
         workdir="unused",
     )
-
-
-def compiled(experiment: Experiment, devices: list[jax.Device]) -> jax.stages.Compiled:
-    """The production training step for `devices`, which need not exist here.
-
-    What `assemble` computes at once it computes outside the mesh, whose devices may not be there.
-    """
-    mesh = experiment.mesh.build(devices)
-    model = experiment.build_model(VOCABULARY)
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    optimizer = experiment.optimizer.build(shapes["params"], experiment.steps)
-    token_bytes = np.ones((VOCABULARY,), np.int32)
-    run = assemble(experiment, model, optimizer, mesh, token_bytes=token_bytes)
-    state = layout.with_sharding(jax.eval_shape(run.fresh), run.shardings)
-    batch = _batch(experiment.batch_size, experiment.sequence_length, mesh)
-    with jax.set_mesh(mesh):
-        # Compiled again, with the options of the platform of this mesh.
-        step = jit_step(
-            run.train_step.__wrapped__, shardings=(run.shardings, layout.replicated(mesh))
-        )
-        return step.lower(state, batch).compile()
-
-
-def _batch(batch_size: int, length: int, mesh: jax.sharding.Mesh) -> Batch:
-    where = NamedSharding(mesh, partition_spec(("batch", "sequence")))
-
-    def array(dtype):
-        return jax.ShapeDtypeStruct((batch_size, length), dtype, sharding=where)
-
-    ids = array(jnp.int32)
-    mask = array(jnp.bool_)
-    return Batch(tokens=ids, targets=ids, loss_mask=mask, segment_ids=ids, positions=ids)
