@@ -5,7 +5,9 @@ import random
 
 from tests.reliability import outcome, victim
 
-_SEVERAL_TIMES = ("record", "save", "commit", "step", "entry of the data cache", "evaluation")
+# How often a session of a fresh run comes to a phase at least, of those that come more than once.
+_TIMES = {"record": 12, "save": 4, "commit": 9, "step": 9, "entry of the data cache": 4}
+_TIMES |= {"evaluation": 3, "deletion": 3, "batch": 12}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,9 +53,8 @@ def plan(seed: int, count: int, *, seconds: float) -> list[Kill]:
     for number in range(count):
         if number % 2 == 0:
             name = places[(number // 2) % len(places)]
-            often = name.partition(" ")[2] in _SEVERAL_TIMES
-            count_of_it = draw.randint(1, 4) if often else 1
-            place = victim.Place(name=name, count=count_of_it)
+            times = draw.randint(1, _TIMES.get(name.partition(" ")[2], 1))
+            place = victim.Place(name=name, count=times)
             kills.append(Kill(place=place, damaged="set aside" in name))
         elif number % 4 == 1:
             within = draw.choice((outcome.CHECKPOINTS, outcome.CHECKPOINTS, None))

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 
 # Phase: the function that is it. Each has two places, before and after.
 PHASES = {
@@ -23,7 +24,8 @@ PHASES = {
     "arrays read": "moejax.train.array_store:ArrayStore.read",
     "metrics file opened": "moejax.train.writers:JsonLines.__init__",
     "record": "moejax.train.writers:JsonLines.write",
-    "evaluation": "moejax.train.evaluate:Evaluator.run",
+    "batch": "moejax.data.prefetch:Prefetch.__next__",
+    "evaluation": "moejax.train.evaluate:Evaluator.run_until",
     "save": "moejax.train.checkpoint:Checkpointer.save",
     "leftovers cleared": "moejax.train.step_directory:StepDirectory.clean",
     "arrays handed over": "moejax.train.array_store:ArrayStore.write",
@@ -85,7 +87,7 @@ def start(words: list[str], *, log: str, passed: str, place: Place | None = None
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        _wrap_all(os.open(passed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), place)
+        wrap_all(_killer(os.open(passed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), place))
         from moejax.commands import main
 
         status = main(words)
@@ -97,7 +99,7 @@ def start(words: list[str], *, log: str, passed: str, place: Place | None = None
         os._exit(status)  # the parent's exit handlers are not this process's
 
 
-def _wrap_all(passed: int, place: Place | None) -> None:
+def _killer(passed: int, place: Place | None) -> Callable[[str], None]:
     times = dict.fromkeys(PLACES, 0)
 
     def at(name: str) -> None:
@@ -106,6 +108,11 @@ def _wrap_all(passed: int, place: Place | None) -> None:
         if place is not None and (place.name, place.count) == (name, times[name]):
             os.kill(os.getpid(), signal.SIGKILL)
 
+    return at
+
+
+def wrap_all(at: Callable[[str], None]) -> None:
+    """From here on `at` is called with the name of each of PLACES that this process comes to."""
     for phase, target in PHASES.items():
         module, _, path = target.partition(":")
         *owners, name = path.split(".")
