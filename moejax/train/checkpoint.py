@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -31,8 +32,7 @@ from moejax.train.manifest import (
     Manifest,
     check_leaves,
     check_structure,
-    describe,
-    versions,
+    start_manifest,
 )
 from moejax.train.retention import Keep
 from moejax.train.step_directory import StepDirectory
@@ -70,7 +70,7 @@ class Checkpointer:
         self.problems: list[str] = []  # checkpoints that the last restore had to pass over
         self._keep = keep
         self._pending: int | None = None  # step whose background write is not yet known to be good
-        self._written: tuple[int, dict[str, Leaf]] | None = None
+        self._written: tuple[int, Callable[[], dict[str, Leaf]]] | None = None
         self._base: int | None = None  # the newest step of this run's own timeline
         self._store = ArrayStore(timeout_seconds=timeout_seconds)
 
@@ -111,6 +111,10 @@ class Checkpointer:
                 "another workdir or put that right"
             ) from error
 
+    def prepare(self, state: Any) -> None:
+        """Compiles what the first `save` of such a state would have to wait for."""
+        start_manifest(0, named_leaves(state), {})
+
     def save(self, step: int, state: Any, extra: dict[str, Any]) -> None:
         """Starts to save `state` (a pytree of arrays and PRNG keys) as `step`.
 
@@ -121,18 +125,20 @@ class Checkpointer:
         """
         self.wait()
         leaves = {path: jnp.asarray(x) for path, x in named_leaves(state).items()}
-        marks = fingerprints(leaves)
-        described = {path: describe(x, marks[path]) for path, x in leaves.items()}
-        if processes.all_agree(self._written == (step, described) and step in self.steps()):
+        described, manifest = start_manifest(step, leaves, extra)
+        if processes.all_agree(self._has_written(step, described)):
             return
-        manifest = Manifest(step=step, leaves=described, extra=extra, versions=versions())
-        content = manifest.to_json()
         try:
             self._prepare(step)
-            self._store.write(self.directory.path(step), leaves, content)
+            self._store.write(self.directory.path(step), leaves, manifest)
         except (OSError, ValueError, RuntimeError) as error:
             raise self._write_error(step, error) from error
         self._pending, self._written = step, (step, described)
+
+    def _has_written(self, step: int, described: Callable[[], dict[str, Leaf]]) -> bool:
+        if self._written is None or self._written[0] != step or step not in self.steps():
+            return False
+        return self._written[1]() == described()
 
     def _prepare(self, step: int) -> None:
         """Clears leftovers, and checkpoints of a timeline that this run has left.

@@ -88,6 +88,7 @@ def _train(
         checkpointer.start_writing()
         processes.by_first(lambda: data.tokenizer.save(workdir / TOKENIZER))
         state, start = restore_or_init(experiment, model, assembled, checkpointer, data.fingerprint)
+        checkpointer.prepare(changing(state))
         agreed = AgreedStop(stop, mesh)
         with _records(experiment, start) as records:
             run = _Run(

@@ -29,8 +29,7 @@ PHASES = {
     "save": "moejax.train.checkpoint:Checkpointer.save",
     "leftovers cleared": "moejax.train.step_directory:StepDirectory.clean",
     "arrays handed over": "moejax.train.array_store:ArrayStore.write",
-    "manifest": "orbax.checkpoint._src.handlers.json_checkpoint_handler:"
-    "JsonCheckpointHandler._save_fn",
+    "manifest": "moejax.train.array_store:_LateJson.write",
     "arrays on disk": "orbax.checkpoint._src.handlers.pytree_checkpoint_handler:"
     "PyTreeCheckpointHandler.finalize",
     "commit": "orbax.checkpoint._src.path.atomicity:AtomicRenameTemporaryPath.finalize",
