@@ -1,21 +1,28 @@
 """Train an experiment, or resume it from its own folder.
 
-SIGTERM and Ctrl-C write a checkpoint at the next step and exit with status 0; the same command, or
-`moejax train WORKDIR`, resumes exactly there. Several processes: see launch/README.md.
+SIGTERM and Ctrl-C write a checkpoint at the next step and exit with status 0, or exit at once where
+there is nothing to save; the same command, or `moejax train WORKDIR`, resumes exactly there.
+Several processes: see launch/README.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
 import pathlib
+import sys
+import time
 from typing import TYPE_CHECKING
 
 from moejax.commands import agreement, arguments
+from moejax.errors import UserError
+from moejax.train.stop_signal import GRACE_SECONDS, StopSignal
 
 if TYPE_CHECKING:
     import fiddle as fdl
 
+_LAST_SECONDS = 1.0  # the others get the same signal, and end in them
 EXAMPLE = "moejax train configs/tiny.py steps=50 model.block.ffn.router.k=2 workdir=runs/a"
 
 
@@ -27,18 +34,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="STEP",
         help="stop after this step with a checkpoint, to be resumed later",
     )
+    parser.add_argument(
+        "--grace",
+        type=float,
+        default=GRACE_SECONDS,
+        metavar="SECONDS",
+        help="how long whoever sends SIGTERM waits before it kills (default: %(default)g); a run "
+        "that comes to no checkpoint in nine tenths of that ends without one",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    config = arguments.config_from(args)
+    if not args.grace > 0:
+        raise UserError(f"--grace {args.grace:g}: give the seconds between SIGTERM and the kill")
+    with StopSignal(leave=_leave, grace=args.grace) as stop:  # before the imports, which take long
+        config = arguments.config_from(args)
 
-    from moejax.train import processes
+        from moejax.train import processes
 
-    with processes.joined():
-        return _train(args, config)
+        with processes.joined():
+            return _train(args, config, stop)
 
 
-def _train(args: argparse.Namespace, config: fdl.Config) -> int:
+def _leave(what: str) -> None:
+    """Ends this process in good order, whatever its main thread does."""
+    os.write(1, f"{what}; the same command goes on from the newest checkpoint\n".encode())
+    processes = sys.modules.get("moejax.train.processes")
+    if processes is not None and processes.others_depend_on_this():
+        time.sleep(_LAST_SECONDS)
+    os._exit(0)
+
+
+def _train(args: argparse.Namespace, config: fdl.Config, stop: StopSignal) -> int:
     from moejax.analysis.report import write_report
     from moejax.config.build import build_config
     from moejax.config.load import load_config
@@ -66,7 +93,7 @@ def _train(args: argparse.Namespace, config: fdl.Config) -> int:
     processes.by_first(lambda: claim(workdir, config, versions()))
     agreement.check_visible(workdir / CONFIG_JSON)
 
-    finished = train(experiment, name=args.config, until=args.until)
+    finished = train(experiment, name=args.config, until=args.until, stop=stop)
     if not processes.is_first():
         return 0
     if finished.paused_by is not None:

@@ -13,8 +13,9 @@ from moejax.errors import UserError
 
 CONFIG_JSON = "config.json"
 CONFIG_TEXT = "config.txt"
+_PARTIAL = CONFIG_JSON + ".partial"  # all that a process that was killed while it claimed can leave
 
-# What may change between two sessions of one run: nothing that reaches a gradient.
+# What may change between two sessions of one run: nothing that a gradient depends on.
 FREE = (
     "checkpoint_every",
     "data.cache_dir",
@@ -22,6 +23,7 @@ FREE = (
     "keep_every",
     "keep_last",
     "log_every",
+    "mesh",
     "prompts",
     "sampling",
     "workdir",
@@ -53,7 +55,7 @@ def check_workdir(
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
+        if any(path.name != _PARTIAL for path in folder.iterdir()):
             raise UserError(
                 f"{folder} is not empty and holds no {CONFIG_JSON}: choose another workdir=..."
             )
@@ -70,15 +72,15 @@ def claim(workdir: str | pathlib.Path, config: fdl.Config, versions: Mapping[str
       UserError: the config cannot be stored, or the folder cannot be written.
     """
     folder = pathlib.Path(workdir)
-    if (folder / CONFIG_JSON).exists():
-        return
-    stored = dump_config(config, versions)
     try:
-        # The JSON file comes last: its presence means that the folder is claimed.
-        (folder / CONFIG_TEXT).write_text(config_text(config), encoding="utf-8")
-        partial = folder / (CONFIG_JSON + ".partial")
-        partial.write_text(stored, encoding="utf-8")
-        partial.rename(folder / CONFIG_JSON)
+        if not (folder / CONFIG_JSON).exists():
+            partial = folder / _PARTIAL
+            partial.write_text(dump_config(config, versions), encoding="utf-8")
+            partial.rename(folder / CONFIG_JSON)  # from here on the folder is claimed
+        if not (folder / CONFIG_TEXT).exists():
+            partial = folder / (CONFIG_TEXT + ".partial")
+            partial.write_text(config_text(config), encoding="utf-8")
+            partial.rename(folder / CONFIG_TEXT)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
 

@@ -6,12 +6,14 @@ and an array without elements is not stored but made anew.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import json
 import logging
 import re
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,7 +21,32 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
+from moejax.train import processes
+
 _STATE, _MANIFEST, _MANIFEST_FILE = "state", "manifest", "manifest.json"
+
+
+class _LateJson(ocp.AsyncCheckpointHandler):
+    """Writes a JSON value that is known only when the arrays are already being written."""
+
+    async def async_save(self, directory: epath.Path, args: _SaveLateJson) -> list[Any]:
+        return [ocp.future.CommitFutureAwaitingContractedSignals(self.write(directory, args))]
+
+    async def write(self, directory: epath.Path, args: _SaveLateJson) -> None:
+        if processes.is_first():
+            (directory / _MANIFEST_FILE).write_text(json.dumps(args.value()))
+
+    def save(self, directory: epath.Path, args: _SaveLateJson) -> None:
+        raise NotImplementedError("Orbax calls `async_save`")
+
+    def restore(self, directory: epath.Path, args: Any = None) -> Any:
+        raise NotImplementedError("`ArrayStore.read_manifest` reads it")
+
+
+@ocp.args.register_with_handler(_LateJson, for_save=True, for_restore=True)  # Orbax wants both
+@dataclasses.dataclass
+class _SaveLateJson(ocp.args.CheckpointArgs):
+    value: Callable[[], Any]
 
 
 class ArrayStore:
@@ -33,20 +60,23 @@ class ArrayStore:
             ocp.CompositeCheckpointHandler(
                 **{
                     _STATE: ocp.PyTreeCheckpointHandler(),
-                    _MANIFEST: ocp.JsonCheckpointHandler(filename=_MANIFEST_FILE),
+                    _MANIFEST: _LateJson(),
                 }
             ),
             timeout_secs=timeout_seconds,
         )
         self._reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
 
-    def write(self, path: epath.Path, leaves: Mapping[str, jax.Array], manifest: Any) -> None:
+    def write(
+        self, path: epath.Path, leaves: Mapping[str, jax.Array], manifest: Callable[[], Any]
+    ) -> None:
         """Starts to write {path: array} and a JSON value; `path` appears when all of it is there.
 
-        Returns once the arrays are copied. Errors of the background come from `check` and `wait`.
+        Returns once the arrays are copied. `manifest`, which gives the JSON value, is called in
+        the background. Errors from there come from `check` and `wait`.
         """
         state = ocp.args.PyTreeSave(_storable(leaves))
-        args = {_STATE: state, _MANIFEST: ocp.args.JsonSave(manifest)}
+        args = {_STATE: state, _MANIFEST: _SaveLateJson(manifest)}
         self._writer.save(path, args=ocp.args.Composite(**args))
 
     def check(self) -> None:

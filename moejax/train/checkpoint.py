@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -31,11 +32,11 @@ from moejax.train.manifest import (
     Manifest,
     check_leaves,
     check_structure,
-    describe,
-    versions,
+    start_manifest,
 )
 from moejax.train.retention import Keep
 from moejax.train.step_directory import StepDirectory
+from moejax.train.writer_token import WriterToken
 from moejax.types import named_leaves
 
 _log = logging.getLogger(__name__)
@@ -50,11 +51,11 @@ class Restored(NamedTuple):
 
 
 class Checkpointer:
-    """Saves and restores one run's state in `directory`. One writer per directory.
+    """Saves and restores one run's state in `directory`.
 
     In a run of several processes all of them make the same calls with the same global arrays.
-    Nothing is made or deleted before the first `check_writable` or `save`, so that reading is
-    safe beside a run that writes.
+    Nothing is made or deleted before the first `start_writing` or `save`, so that reading is
+    safe beside a run that writes. Of two that write the later one goes on (`writer_token.py`).
     """
 
     def __init__(
@@ -65,10 +66,11 @@ class Checkpointer:
         timeout_seconds: int = 1200,
     ):
         self.directory = StepDirectory(directory)
+        self._token = WriterToken(self.directory.root)
         self.problems: list[str] = []  # checkpoints that the last restore had to pass over
         self._keep = keep
         self._pending: int | None = None  # step whose background write is not yet known to be good
-        self._written: tuple[int, dict[str, Leaf]] | None = None
+        self._written: tuple[int, Callable[[], dict[str, Leaf]]] | None = None
         self._base: int | None = None  # the newest step of this run's own timeline
         self._store = ArrayStore(timeout_seconds=timeout_seconds)
 
@@ -91,15 +93,27 @@ class Checkpointer:
 
     # ---- saving ------------------------------------------------------------------------------
 
-    def check_writable(self) -> None:
-        """Makes the directory and a file in it, so that a run fails before its first step."""
+    def start_writing(self) -> None:
+        """Makes the directory and takes it from whoever wrote there before.
+
+        So a run fails before its first step where it cannot write.
+        """
+
+        def take() -> None:
+            self.directory.make()
+            self._token.take()
+
         try:
-            processes.by_first(self.directory.make)
+            processes.by_first(take)
         except OSError as error:
             raise UserError(
                 f"cannot write checkpoints to {self.directory.root}: {reason(error)}; choose "
                 "another workdir or put that right"
             ) from error
+
+    def prepare(self, state: Any) -> None:
+        """Compiles what the first `save` of such a state would have to wait for."""
+        start_manifest(0, named_leaves(state), {})
 
     def save(self, step: int, state: Any, extra: dict[str, Any]) -> None:
         """Starts to save `state` (a pytree of arrays and PRNG keys) as `step`.
@@ -111,31 +125,37 @@ class Checkpointer:
         """
         self.wait()
         leaves = {path: jnp.asarray(x) for path, x in named_leaves(state).items()}
-        marks = fingerprints(leaves)
-        described = {path: describe(x, marks[path]) for path, x in leaves.items()}
-        if processes.all_agree(self._written == (step, described) and step in self.steps()):
+        described, manifest = start_manifest(step, leaves, extra)
+        if processes.all_agree(self._has_written(step, described)):
             return
-        manifest = Manifest(step=step, leaves=described, extra=extra, versions=versions())
-        content = manifest.to_json()
         try:
             self._prepare(step)
-            self._store.write(self.directory.path(step), leaves, content)
+            self._store.write(self.directory.path(step), leaves, manifest)
         except (OSError, ValueError, RuntimeError) as error:
             raise self._write_error(step, error) from error
         self._pending, self._written = step, (step, described)
+
+    def _has_written(self, step: int, described: Callable[[], dict[str, Leaf]]) -> bool:
+        if self._written is None or self._written[0] != step or step not in self.steps():
+            return False
+        return self._written[1]() == described()
 
     def _prepare(self, step: int) -> None:
         """Clears leftovers, and checkpoints of a timeline that this run has left.
 
         Those are the ones later than the step it resumed from, and any at `step` or later.
+        Raises UserError where the directory is another run's by now.
         """
         first = step if self._base is None else min(step, self._base + 1)
-        if processes.is_first():
+
+        def prepare() -> None:
+            self._token.check()
             self.directory.make()
             self.directory.clean()
             for later in (s for s in self.steps() if s >= first):
                 self.directory.set_aside(later)
-        processes.barrier("moejax:checkpoint:prepare")
+
+        processes.by_first(prepare)
 
     def check_error(self) -> None:
         """Raises UserError where the background write has failed. Cheap: call it every step."""
@@ -155,8 +175,8 @@ class Checkpointer:
             raise self._write_error(self._pending, error) from error
         if self._pending is not None:
             self._base, self._pending = self._pending, None
-            if processes.is_first():
-                self._delete_unwanted()
+            if processes.is_first() and self._token.replaced_by() is None:
+                self._keep.apply(self.directory, self.manifest)
 
     def close(self) -> None:
         """Waits for the pending save and frees the background machinery."""
@@ -171,33 +191,12 @@ class Checkpointer:
     def __exit__(self, *unused) -> None:
         self.close()
 
-    def _delete_unwanted(self) -> None:
-        steps = self.steps()
-        metrics = {s: self._metrics(s) for s in steps} if self._keep.best else {}
-        for step in set(steps) - self._keep.wanted(steps, metrics):
-            self.directory.delete(self.directory.path(step))
-        superseded = self.directory.superseded()
-        if superseded:
-            wanted = self._keep.wanted_superseded(
-                set(superseded.values()), [s for s in self.steps() if self._is_readable(s)]
-            )
-            for path in (p for p, step in superseded.items() if step not in wanted):
-                self.directory.delete(path)
-
-    def _is_readable(self, step: int) -> bool:
-        try:
-            return self.manifest(step).step == step
-        except (CorruptCheckpoint, UserError):  # damaged, or of another version's format
-            return False
-
-    def _metrics(self, step: int) -> dict[str, float]:
-        try:
-            return self.manifest(step).extra.get("metrics") or {}
-        except CorruptCheckpoint:
-            return {}
-
     def _write_error(self, step: int | None, error: BaseException) -> UserError:
         self._pending = self._written = None
+        try:
+            self._token.check()  # a run that came later clears what the earlier one was writing
+        except UserError as replaced:
+            return replaced
         with contextlib.suppress(OSError):
             if processes.is_first():
                 self.directory.clean()  # a full disk needs the space

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -40,8 +41,16 @@ class Evaluator:
 
         `step` is that of training from which the variables are, for layers that switch at one.
         """
+        return self.run_until(lambda: None, variables, step)
+
+    def run_until(
+        self, stop: Callable[[], str | None], variables: Any, step: int
+    ) -> dict[str, float] | None:
+        """`run`, or None where `stop`, which is asked between two batches, named a reason."""
         total = None
         for batch in self._data.eval:
+            if total is not None and stop():
+                return None
             sums = self._step(variables, layout.global_batch(batch, self._mesh), np.int32(step))
             total = sums if total is None else jax.tree.map(lambda a, b: a + b, total, sums)
         terms, measures = jax.device_get(total)

@@ -42,11 +42,24 @@ def fingerprints(tree: Any) -> dict[str, str]:
     typed PRNG keys, whose key data counts. Shape and dtype are not part of the fingerprint.
     Each leaf's value must be the same on all devices that hold a copy.
     """
+    return start_fingerprints(tree)()
+
+
+def start_fingerprints(tree: Any) -> Callable[[], dict[str, str]]:
+    """Starts to compute what `fingerprints` returns; the result, called, waits for it.
+
+    The leaves may be donated at once: what was started has them as they are now.
+    """
     leaves = {path: jnp.asarray(x) for path, x in named_leaves(tree).items()}
-    words: dict[str, np.ndarray] = {}
-    for group in _by_devices(leaves):
-        words |= jax.device_get(_sums(group))
-    return {path: digits(words[path]) for path in leaves}
+    paths, started = tuple(leaves), [_sums(group) for group in _by_devices(leaves)]
+
+    def finish() -> dict[str, str]:
+        words: dict[str, np.ndarray] = {}
+        for group in jax.device_get(started):
+            words |= group
+        return {path: digits(words[path]) for path in paths}
+
+    return functools.cache(finish)
 
 
 def digits(words: np.ndarray) -> str:

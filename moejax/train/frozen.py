@@ -26,7 +26,7 @@ def save(workdir: pathlib.Path, frozen: Any) -> None:
     if not named_leaves(frozen):
         return
     with _store(workdir) as store:
-        store.check_writable()
+        store.start_writing()
         processes.by_first(lambda: _clear(store))  # a run that was killed before its first step
         store.save(0, {"params": frozen}, {})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from pathlib import Path
@@ -11,7 +12,6 @@ import jax
 
 from moejax.analysis.health import RouterHealth
 from moejax.data.pipeline import Loaders
-from moejax.errors import UserError
 from moejax.experiment import Experiment
 from moejax.models.flops import size
 from moejax.models.stack import stacked_layers
@@ -31,9 +31,11 @@ from moejax.train.progress import Progress, Silent
 from moejax.train.records import Records
 from moejax.train.restore import TOKENIZER, restore_or_init
 from moejax.train.retention import Keep
-from moejax.train.signals import AgreedStop, StopSignal
-from moejax.train.state import TrainState, changing, with_leaves
-from moejax.train.writers import JsonLines, TensorBoard
+from moejax.train.roll_back import RollBack
+from moejax.train.signals import AgreedStop
+from moejax.train.state import TrainState, changing
+from moejax.train.stop_signal import StopSignal
+from moejax.train.writers import METRICS, JsonLines, TensorBoard, recorded
 
 _log = logging.getLogger(__name__)
 
@@ -47,17 +49,20 @@ class Finished:
     results: dict[str, Any]
 
 
-def train(experiment: Experiment, *, name: str, until: int | None = None) -> Finished:
+def train(
+    experiment: Experiment, *, name: str, until: int | None = None, stop: StopSignal | None = None
+) -> Finished:
     """Trains until `experiment.steps`, from the newest valid checkpoint in its workdir if any.
 
-    `name` describes the run in its records; `until` pauses it after that step. Raises UserError
-    for everything the user can put right; what was saved before stays. `experiment.check()`
-    finds most of it without the data: call it first.
+    `name` describes the run in its records; `until` pauses it after that step, and so does a
+    signal, which `stop` hears where it is given, active. Raises UserError for everything the user
+    can put right; what was saved before stays. `experiment.check()` finds most of it without the
+    data: call it first.
     """
     mesh = experiment.mesh.build()
     _check_exchange(experiment, mesh)
-    with jax.set_mesh(mesh):
-        return _train(experiment, mesh, name=name, until=until)
+    with jax.set_mesh(mesh), contextlib.nullcontext(stop) if stop else StopSignal() as heard:
+        return _train(experiment, mesh, heard, name=name, until=until)
 
 
 def _check_exchange(experiment: Experiment, mesh: jax.sharding.Mesh) -> None:
@@ -67,7 +72,9 @@ def _check_exchange(experiment: Experiment, mesh: jax.sharding.Mesh) -> None:
         check_exchange(mesh, backend=transport.exchange)
 
 
-def _train(experiment: Experiment, mesh: Any, *, name: str, until: int | None) -> Finished:
+def _train(
+    experiment: Experiment, mesh: Any, stop: StopSignal, *, name: str, until: int | None
+) -> Finished:
     workdir = Path(experiment.workdir)
     data = prepare_data(experiment)
     model = experiment.build_model(data.tokenizer.vocab_size)
@@ -77,12 +84,13 @@ def _train(experiment: Experiment, mesh: Any, *, name: str, until: int | None) -
     evaluator = Evaluator(model, experiment.objective, data, mesh)
     keep = Keep(last=experiment.keep_last, every=experiment.keep_every or None)
 
-    with StopSignal() as stop, Checkpointer(str(workdir / CHECKPOINTS), keep) as checkpointer:
-        checkpointer.check_writable()
+    with Checkpointer(str(workdir / CHECKPOINTS), keep) as checkpointer:
+        checkpointer.start_writing()
         processes.by_first(lambda: data.tokenizer.save(workdir / TOKENIZER))
         state, start = restore_or_init(experiment, model, assembled, checkpointer, data.fingerprint)
+        checkpointer.prepare(changing(state))
         agreed = AgreedStop(stop, mesh)
-        with _records(workdir, start) as records:
+        with _records(experiment, start) as records:
             run = _Run(
                 experiment, model, data, mesh, checkpointer, records, agreed, name=name, start=start
             )
@@ -107,12 +115,14 @@ def prepare_data(experiment: Experiment) -> Loaders:
     return data
 
 
-def _records(workdir: Path, start: int) -> Records:
+def _records(experiment: Experiment, start: int) -> Records:
     """The first process writes, the others nothing."""
     if not processes.is_first():
         return Records()
+    workdir = Path(experiment.workdir)
+    evaluated = start - (start == experiment.steps)  # the last evaluation is made in any case
     return Records(
-        JsonLines(workdir / "metrics.jsonl", resume_step=start),
+        JsonLines(workdir / METRICS, resume_step=start, last_eval=evaluated),
         TensorBoard(workdir / "tensorboard", resume_step=start),
     )
 
@@ -149,8 +159,9 @@ class _Run:
     ):
         self._experiment, self._data, self._mesh, self._stop = experiment, data, mesh, stop
         self._checkpointer, self._records = checkpointer, records
+        self._roll_back = RollBack(checkpointer, limit=experiment.guard.max_consecutive_skips)
         self._learning_rate = experiment.optimizer.schedule.build(experiment.steps)
-        self._start, self._saved, self._rolled_back_to = start, start, None
+        self._start, self._saved = start, start
         self._layers = {LAYERS: stacked_layers(model.segments)}
         self.paused_by: str | None = None
 
@@ -176,11 +187,9 @@ class _Run:
 
     def steps(self, train_step, state: TrainState, evaluator: Evaluator, *, until: int | None):
         """Runs every step that is left, or until a signal or `until` pauses the run."""
-        experiment = self._experiment
-        if experiment.init_from is not None and self._start == 0:
-            self._records.write(
-                "eval", 0, evaluator.run(state.variables, 0)
-            )  # to see what it gains
+        experiment, done = self._experiment, self._start
+        if done < experiment.steps and self._evaluation_due(done) and not self._evaluated(done):
+            self._evaluate(done, state, evaluator)  # a signal cut it short, or it is the first
         with (
             _progress(experiment.steps, self._start) as progress,
             self._data.train.iterate(self._start) as batches,
@@ -188,15 +197,20 @@ class _Run:
             pending = None
             for step in range(self._start, experiment.steps):
                 state, metrics = train_step(state, layout.global_batch(next(batches), self._mesh))
+                if step == self._start:
+                    self._stop.hold()
                 if pending is not None:
                     state = self._read(pending, state, step, progress)
                 pending, done = metrics, step + 1
                 self._checkpointer.check_error()
                 if done == experiment.steps:
                     break
-                if _due(done, experiment.eval_every):
-                    self._records.write("eval", done, evaluator.run(state.variables, done))
-                if _due(done, experiment.checkpoint_every):
+                evaluate, save = self._evaluation_due(done), _due(done, experiment.checkpoint_every)
+                if evaluate or save:  # after the step's record, which a resumed run does not write
+                    state, pending = self._read(pending, state, done, progress), None
+                if evaluate:
+                    self._evaluate(done, state, evaluator)
+                if save:
                     self._save(done, state)
                 received = self._stop.poll()
                 if received or done == until:
@@ -204,9 +218,27 @@ class _Run:
                     break
             if pending is not None:
                 state = self._read(pending, state, done, progress)
-                self._save(done, state)
+            self._save(done, state)
             self._checkpointer.wait()
+        if self.paused_by is None:
+            self._stop.release()
         return state
+
+    def _evaluation_due(self, done: int) -> bool:
+        if done == 0:  # to see what training gains
+            return self._experiment.init_from is not None
+        return _due(done, self._experiment.eval_every)
+
+    def _evaluated(self, done: int) -> bool:
+        """Whether an earlier session has recorded the evaluation of this step."""
+        here = recorded(Path(self._experiment.workdir) / METRICS, "eval", done)
+        return bool(processes.from_first([here])[0])
+
+    def _evaluate(self, done: int, state: TrainState, evaluator: Evaluator) -> None:
+        """Records the held-out figures; a signal ends it at a batch, without a record."""
+        values = evaluator.run_until(self._stop.poll, state.variables, done)
+        if values is not None:
+            self._records.write("eval", done, values)
 
     def _read(
         self, metrics: Any, state: TrainState, done: int, progress: Progress | Silent
@@ -228,33 +260,10 @@ class _Run:
             for text in self._health.update(done, values):
                 progress.message(f"warning: {text}")
                 self._records.write("event", done, {"event": "warning", "text": text})
-        return self._roll_back(state, done) if metrics["exhausted"] else state
-
-    def _roll_back(self, state: TrainState, done: int) -> TrainState:
-        """The newest checkpoint that validates from before the refusals; the data go on."""
-        limit = self._experiment.guard.max_consecutive_skips
-        refused = f"{limit + 1} steps up to step {done} were refused"
-        advice = "lower optimizer.schedule.peak, or look at the data of these steps"
-        first = done - limit  # the step that was refused first
-        self._checkpointer.wait()
-        if not any(step < first for step in self._checkpointer.steps()):
-            raise UserError(f"{refused}, and no checkpoint is from before them: {advice}")
-        try:
-            leaves = changing(state)
-            shardings = jax.tree.map(lambda x: x.sharding, leaves)
-            wanted = layout.with_sharding(leaves, shardings)
-            restored = self._checkpointer.restore(wanted, before=first)
-        except UserError as error:
-            raise UserError(f"{refused}, and {error}") from error
-        if restored.step == self._rolled_back_to:
-            raise UserError(f"{refused}, again after a roll-back: {advice}")
-        self._rolled_back_to = restored.step
-        text = f"rolled back to the parameters of step {restored.step}; data go on at {done}"
-        if self._checkpointer.problems:
-            text += f"; corrupt and not used: {'; '.join(self._checkpointer.problems)}"
-        _log.warning(text)
-        self._records.write("event", done, {"event": "rollback", "text": text})
-        return with_leaves(state, restored.state | {"step": state.step})
+        if metrics["exhausted"]:
+            state, text = self._roll_back(state, done)
+            self._records.write("event", done, {"event": "rollback", "text": text})
+        return state
 
     def _save(self, step: int, state: TrainState) -> None:
         if step != self._saved:

@@ -11,12 +11,13 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
 from moejax.errors import UserError
+from moejax.train.fingerprint import start_fingerprints
 
 FORMAT = 1  # raise when the meaning of a field changes
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -45,14 +46,8 @@ class Manifest:
     versions: dict[str, str]
 
     def to_json(self) -> dict[str, Any]:
-        """The content with its checksum, as plain JSON values.
-
-        Raises TypeError where `extra` holds what JSON cannot.
-        """
-        try:
-            content = json.loads(json.dumps({"format": FORMAT, **dataclasses.asdict(self)}))
-        except TypeError as error:
-            raise TypeError(f"the checkpoint's `extra` must be plain JSON: {error}") from error
+        """The content with its checksum, as plain JSON values; `check_extra` before."""
+        content = json.loads(json.dumps({"format": FORMAT, **dataclasses.asdict(self)}))
         return {"sha256": _digest(content), "content": content}
 
     @classmethod
@@ -83,9 +78,39 @@ class Manifest:
         )
 
 
+def check_extra(extra: Any) -> None:
+    """Raises TypeError where a manifest's `extra` holds what JSON cannot."""
+    try:
+        json.dumps(extra)
+    except TypeError as error:
+        raise TypeError(f"the checkpoint's `extra` must be plain JSON: {error}") from error
+
+
 def describe(leaf: Any, fingerprint: str = "") -> Leaf:
     """The manifest's entry for an array or ShapeDtypeStruct."""
     return Leaf(shape=tuple(leaf.shape), dtype=str(leaf.dtype), fingerprint=fingerprint)
+
+
+def start_manifest(
+    step: int, leaves: Mapping[str, Any], extra: dict[str, Any]
+) -> tuple[Callable[[], dict[str, Leaf]], Callable[[], dict[str, Any]]]:
+    """(the entries of arrays, the manifest as plain JSON values).
+
+    Each, called, waits for the arrays' fingerprints, which this has started to compute.
+    Raises TypeError where `extra` holds what JSON cannot.
+    """
+    check_extra(extra)
+    marks, bare = start_fingerprints(leaves), {path: describe(x) for path, x in leaves.items()}
+
+    def described() -> dict[str, Leaf]:
+        found = marks()
+        return {p: dataclasses.replace(leaf, fingerprint=found[p]) for p, leaf in bare.items()}
+
+    def manifest() -> dict[str, Any]:
+        found = Manifest(step=step, leaves=described(), extra=extra, versions=versions())
+        return found.to_json()
+
+    return described, manifest
 
 
 def check_structure(manifest: Manifest, wanted: Mapping[str, Any], *, source: str) -> None:

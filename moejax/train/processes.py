@@ -144,6 +144,12 @@ def is_first() -> bool:
     return _index() == 0
 
 
+def others_depend_on_this() -> bool:
+    """True in the process without which JAX ends the others at once: it should be the last."""
+    state = _state()
+    return state.client is not None and state.num_processes > 1 and state.process_id == 0
+
+
 def num_processes() -> int:
     """How many processes this run has. Does not start JAX's backend where they have joined."""
     state = _state()

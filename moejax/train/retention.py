@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from moejax.errors import UserError
+from moejax.train.manifest import CorruptCheckpoint, Manifest
+from moejax.train.step_directory import StepDirectory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,3 +50,30 @@ class Keep:
         """The steps to keep out of `superseded`; `steps` are the readable ones of the timeline."""
         enough = len(steps) + 1 if self.last is None else self.last
         return {step for step in superseded if sum(s >= step for s in steps) < enough}
+
+    def apply(self, directory: StepDirectory, manifest: Callable[[int], Manifest]) -> None:
+        """Deletes what no rule wants. `manifest` reads that of a step, or raises."""
+        steps = directory.steps()
+        metrics = {s: _metrics(manifest, s) for s in steps} if self.best else {}
+        for step in set(steps) - self.wanted(steps, metrics):
+            directory.delete(directory.path(step))
+        superseded = directory.superseded()
+        if superseded:
+            sound = [s for s in directory.steps() if _is_readable(manifest, s)]
+            wanted = self.wanted_superseded(set(superseded.values()), sound)
+            for path in (p for p, step in superseded.items() if step not in wanted):
+                directory.delete(path)
+
+
+def _is_readable(manifest: Callable[[int], Manifest], step: int) -> bool:
+    try:
+        return manifest(step).step == step
+    except (CorruptCheckpoint, UserError):  # damaged, or of another version's format
+        return False
+
+
+def _metrics(manifest: Callable[[int], Manifest], step: int) -> dict[str, float]:
+    try:
+        return manifest(step).extra.get("metrics") or {}
+    except CorruptCheckpoint:
+        return {}

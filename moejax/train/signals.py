@@ -1,42 +1,15 @@
-"""SIGTERM and Ctrl-C, in any process, end a run at a step boundary with a checkpoint."""
+"""SIGTERM and Ctrl-C, in any process, end a run at the same place in all of them."""
 
 from __future__ import annotations
 
 import signal
-from types import FrameType
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-
-class StopSignal:
-    """While active, the first SIGINT or SIGTERM is remembered in `received` by its name.
-
-    A second SIGINT interrupts at once, for a run that does not come to its next step.
-    Outside the main thread Python cannot install handlers; then nothing is caught.
-    """
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-        self._previous: dict[int, object] = {}
-
-    def __enter__(self) -> StopSignal:
-        try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
-        except ValueError:
-            pass
-        return self
-
-    def __exit__(self, *unused) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
+from moejax.train import processes
+from moejax.train.stop_signal import StopSignal
 
 
 class AgreedStop:
@@ -47,10 +20,22 @@ class AgreedStop:
 
     def poll(self) -> str | None:
         """The signal's name, or None. Every process calls it once per step, after it has started
-        the step."""
+        the step, and once per batch of an evaluation."""
         here = self._here.received
         number = self._largest(0 if here is None else int(signal.Signals[here]))
         return signal.Signals(number).name if number else None
+
+    def hold(self) -> None:
+        """From here on a signal waits for a checkpoint: every process has compiled its step.
+
+        Before that a process that was told to stop ends on its own, and all of them were told.
+        """
+        processes.barrier("the first step")
+        self._here.hold()
+
+    def release(self) -> None:
+        """All is saved: a signal need not wait for what is left."""
+        self._here.release()
 
 
 class _Largest:

@@ -14,7 +14,6 @@ import json
 import math
 import os
 import pathlib
-import tempfile
 from collections.abc import Iterable
 from typing import Any, Protocol, runtime_checkable
 
@@ -23,6 +22,7 @@ import numpy as np
 from moejax.errors import UserError
 
 Record = dict[str, Any]
+METRICS = "metrics.jsonl"  # in a run's folder
 KINDS = ("run", "train", "eval", "event")
 _BY_STEP = ("train", "eval")  # kinds that a resumed run writes again
 
@@ -41,15 +41,25 @@ class JsonLines:
 
     A torn last line, left by a killed process, is removed on opening. With `resume_step`,
     lines of kind "train" and "eval" beyond that step are removed too, so that no step appears
-    twice; pass the step of the restored checkpoint (0 for a run that starts anew).
+    twice; pass the step of the restored checkpoint (0 for a run that starts anew), and as
+    `last_eval` the last step whose evaluation this session does not make again, if that differs.
+    The file is then another one, so that what an earlier process may still write reaches nothing.
     Raises UserError where the file cannot be opened.
     """
 
-    def __init__(self, path: str | os.PathLike, *, resume_step: int | None = None):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        *,
+        resume_step: int | None = None,
+        last_eval: int | None = None,
+    ):
         self.path = pathlib.Path(path)
+        last_eval = resume_step if last_eval is None else last_eval
+        last = {} if resume_step is None else {"train": resume_step, "eval": last_eval}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            _trim(self.path, resume_step)
+            _renew(self.path, last)
             self._file = self.path.open("a", encoding="utf-8")
         except OSError as error:
             raise UserError(
@@ -104,26 +114,26 @@ class TensorBoard:
         self._writer.close()
 
 
-def _trim(path: pathlib.Path, resume_step: int | None) -> None:
-    """Rewrites the file without its torn end and the steps to come; atomic, and only if needed."""
+def recorded(path: pathlib.Path, kind: str, step: int) -> bool:
+    """Whether the metrics file has a record of this kind and step."""
+    found = map(_parse, path.read_bytes().split(b"\n")) if path.exists() else ()
+    return any(record and (record["kind"], record["step"]) == (kind, step) for record in found)
+
+
+def _renew(path: pathlib.Path, last: dict[str, int]) -> None:
+    """Replaces the file in one move by one without its torn end and the steps beyond `last`."""
     if not path.exists():
         return
-    content = path.read_bytes()
-    lines = content.split(b"\n")[:-1]
-    kept = b"".join(line + b"\n" for line in lines if not _is_later(_parse(line), resume_step))
-    if kept == content:
-        return
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    with os.fdopen(handle, "wb") as file:
-        file.write(kept)
-    os.chmod(temporary, path.stat().st_mode)
-    os.replace(temporary, path)
+    lines = path.read_bytes().split(b"\n")[:-1]
+    kept = b"".join(line + b"\n" for line in lines if not _is_later(_parse(line), last))
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_bytes(kept)
+    partial.chmod(path.stat().st_mode)
+    partial.replace(path)
 
 
-def _is_later(record: Record | None, resume_step: int | None) -> bool:
-    if record is None or resume_step is None:
-        return False
-    return record["kind"] in _BY_STEP and record["step"] > resume_step
+def _is_later(record: Record | None, last: dict[str, int]) -> bool:
+    return record is not None and record["step"] > last.get(record["kind"], record["step"])
 
 
 def _parse(line: bytes) -> Record | None:

@@ -233,15 +233,15 @@ def test_a_file_in_the_way_is_found_before_the_first_step(tmp_path):
     (tmp_path / "file").write_text("x")
     with Checkpointer(tmp_path / "file" / "run") as checkpointer:
         with pytest.raises(UserError, match="cannot write checkpoints to .*a file is in the way"):
-            checkpointer.check_writable()
+            checkpointer.start_writing()
         with pytest.raises(UserError, match="step 1 could not be written"):
             checkpointer.save(1, make_state(), {})
 
 
-def test_check_writable_leaves_nothing_behind(tmp_path):
+def test_start_writing_leaves_its_token_alone(tmp_path):
     with Checkpointer(tmp_path / "run") as checkpointer:
-        checkpointer.check_writable()
-    assert list((tmp_path / "run").iterdir()) == []
+        checkpointer.start_writing()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".writer"]
 
 
 _KILLED = """
