@@ -1,14 +1,18 @@
 """Train an experiment, or resume it from its own folder.
 
 SIGTERM and Ctrl-C write a checkpoint at the next step and exit with status 0; the same command, or
-`moejax train WORKDIR`, resumes exactly there. Several processes: see launch/README.md.
+`moejax train WORKDIR`, resumes exactly there. Several processes, and MOEJAX_WATCHDOG=on, which ends
+a run that is stuck: see launch/README.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
 import pathlib
+import sys
+import uuid
 from typing import TYPE_CHECKING
 
 from moejax.commands import agreement, arguments
@@ -27,9 +31,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="STEP",
         help="stop after this step with a checkpoint, to be resumed later",
     )
+    parser.add_argument(
+        "--profile",
+        metavar="STEP:COUNT",
+        help="profile so many steps after that one, into WORKDIR/profile; SIGUSR2 profiles the "
+        "next three",
+    )
+    parser.add_argument(
+        "--dump-hlo",
+        action="store_true",
+        help="write the program of the training step, lowered and compiled, into WORKDIR/hlo",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
+    from moejax.train import phases
+    from moejax.watchdog import parent
+
+    if parent.wanted(os.environ):
+        return parent.watch([sys.executable, *sys.orig_argv[1:]])
+    phases.begin()
     config = arguments.config_from(args)
 
     from moejax.train import processes
@@ -43,10 +64,13 @@ def _train(args: argparse.Namespace, config: fdl.Config) -> int:
     from moejax.config.build import build_config
     from moejax.config.load import load_config
     from moejax.config.run_directory import CONFIG_JSON, check_workdir, claim
-    from moejax.train import processes
+    from moejax.train import phases, processes
     from moejax.train.loop import train
     from moejax.train.manifest import versions
+    from moejax.train.profiler import Window
+    from moejax.train.run_step import Inspection
 
+    window = None if args.profile is None else Window.parse(args.profile)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     logging.getLogger("moejax").setLevel(logging.INFO)  # tokenising, kernel choices
     agreement.check_same_run(config, until=args.until)
@@ -65,8 +89,11 @@ def _train(args: argparse.Namespace, config: fdl.Config) -> int:
     # Last: a refused experiment must not own the folder.
     processes.by_first(lambda: claim(workdir, config, versions()))
     agreement.check_visible(workdir / CONFIG_JSON)
+    phases.announce(workdir, session=processes.exchange(uuid.uuid4().hex, lambda all_: all_[0]))
 
-    finished = train(experiment, name=args.config, until=args.until)
+    inspection = Inspection(profile=window, dump_hlo=args.dump_hlo)
+    finished = train(experiment, name=args.config, until=args.until, inspection=inspection)
+    phases.enter("exit")
     if not processes.is_first():
         return 0
     if finished.paused_by is not None:

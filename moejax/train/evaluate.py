@@ -12,7 +12,7 @@ from moejax.data.pipeline import Loaders
 from moejax.kernels import compat
 from moejax.models.transformer import Transformer
 from moejax.objectives.objective import Objective
-from moejax.train import layout
+from moejax.train import layout, phases
 from moejax.train.metrics import means
 
 
@@ -35,6 +35,7 @@ class Evaluator:
         )
         self._data, self._mesh = data, mesh
 
+    @phases.phase("evaluate")
     def run(self, variables: Any, step: int) -> dict[str, float]:
         """{"eval/loss": nats per token, "eval/bits_per_byte": ..., other terms by name}.
 
@@ -43,6 +44,7 @@ class Evaluator:
         total = None
         for batch in self._data.eval:
             sums = self._step(variables, layout.global_batch(batch, self._mesh), np.int32(step))
+            phases.enter("evaluate")  # news for the watchdog
             total = sums if total is None else jax.tree.map(lambda a, b: a + b, total, sums)
         terms, measures = jax.device_get(total)
         values = means(terms, prefix="eval/") | means(measures, prefix="eval/")

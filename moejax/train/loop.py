@@ -19,18 +19,18 @@ from moejax.models.transformer import Transformer
 from moejax.models.variables import parameters
 from moejax.optim import freeze
 from moejax.parallel.canary import check_exchange
-from moejax.train import finish, frozen, layout, processes
+from moejax.train import finish, frozen, layout, phases, processes
 from moejax.train.assemble import assemble
 from moejax.train.checkpoint import Checkpointer
+from moejax.train.description import describe
 from moejax.train.evaluate import Evaluator
 from moejax.train.init_from import CHECKPOINTS, LAYERS
-from moejax.train.manifest import versions
 from moejax.train.metrics import Accumulator
-from moejax.train.peak import peak_flops
 from moejax.train.progress import Progress, Silent
 from moejax.train.records import Records
 from moejax.train.restore import TOKENIZER, restore_or_init
 from moejax.train.retention import Keep
+from moejax.train.run_step import Inspection, RunStep
 from moejax.train.signals import AgreedStop, StopSignal
 from moejax.train.state import TrainState, changing, with_leaves
 from moejax.train.writers import JsonLines, TensorBoard
@@ -47,17 +47,24 @@ class Finished:
     results: dict[str, Any]
 
 
-def train(experiment: Experiment, *, name: str, until: int | None = None) -> Finished:
+def train(
+    experiment: Experiment,
+    *,
+    name: str,
+    until: int | None = None,
+    inspection: Inspection = Inspection(),  # noqa: B008
+) -> Finished:
     """Trains until `experiment.steps`, from the newest valid checkpoint in its workdir if any.
 
-    `name` describes the run in its records; `until` pauses it after that step. Raises UserError
+    `name` describes the run in its records; `until` pauses it after that step; `inspection` says
+    what else to write down. Raises UserError
     for everything the user can put right; what was saved before stays. `experiment.check()`
     finds most of it without the data: call it first.
     """
     mesh = experiment.mesh.build()
     _check_exchange(experiment, mesh)
     with jax.set_mesh(mesh):
-        return _train(experiment, mesh, name=name, until=until)
+        return _train(experiment, mesh, inspection, name=name, until=until)
 
 
 def _check_exchange(experiment: Experiment, mesh: jax.sharding.Mesh) -> None:
@@ -67,7 +74,9 @@ def _check_exchange(experiment: Experiment, mesh: jax.sharding.Mesh) -> None:
         check_exchange(mesh, backend=transport.exchange)
 
 
-def _train(experiment: Experiment, mesh: Any, *, name: str, until: int | None) -> Finished:
+def _train(
+    experiment: Experiment, mesh: Any, inspection: Inspection, *, name: str, until: int | None
+) -> Finished:
     workdir = Path(experiment.workdir)
     data = prepare_data(experiment)
     model = experiment.build_model(data.tokenizer.vocab_size)
@@ -86,7 +95,8 @@ def _train(experiment: Experiment, mesh: Any, *, name: str, until: int | None) -
             run = _Run(
                 experiment, model, data, mesh, checkpointer, records, agreed, name=name, start=start
             )
-            state = run.steps(assembled.train_step, state, evaluator, until=until)
+            with RunStep(assembled.train_step, inspection, workdir, start=start) as train_step:
+                state = run.steps(train_step, state, evaluator, until=until)
             results = {}
             if run.paused_by is None:
                 if count := frozen.check_unchanged(workdir, state.frozen):
@@ -97,6 +107,7 @@ def _train(experiment: Experiment, mesh: Any, *, name: str, until: int | None) -
     return Finished(step=int(state.step), paused_by=run.paused_by, results=results)
 
 
+@phases.phase("prepare")
 def prepare_data(experiment: Experiment) -> Loaders:
     """The experiment's data, the same in every process: the first fills the cache for the others.
 
@@ -187,7 +198,9 @@ class _Run:
         ):
             pending = None
             for step in range(self._start, experiment.steps):
-                state, metrics = train_step(state, layout.global_batch(next(batches), self._mesh))
+                with phases.phase("data", step):
+                    batch = layout.global_batch(next(batches), self._mesh)
+                state, metrics = train_step(state, batch)
                 if pending is not None:
                     state = self._read(pending, state, step, progress)
                 pending, done = metrics, step + 1
@@ -198,21 +211,25 @@ class _Run:
                     self._records.write("eval", done, evaluator.run(state.variables, done))
                 if _due(done, experiment.checkpoint_every):
                     self._save(done, state)
-                received = self._stop.poll()
+                with phases.waiting():
+                    received = self._stop.poll()
                 if received or done == until:
                     self.paused_by = received or f"--until {until}"
                     break
             if pending is not None:
                 state = self._read(pending, state, done, progress)
                 self._save(done, state)
-            self._checkpointer.wait()
+            with phases.phase("save"):
+                self._checkpointer.wait()
         return state
 
     def _read(
         self, metrics: Any, state: TrainState, done: int, progress: Progress | Silent
     ) -> TrainState:
         """Handles the metrics of the step that ended at `done`; may roll the state back."""
-        metrics = jax.device_get(metrics)
+        with phases.waiting():
+            metrics = jax.device_get(metrics)
+        phases.enter("step", done)
         if not metrics["accepted"]:
             norms = f"gradient norm {metrics['grad_norm']}, update norm {metrics['update_norm']}"
             progress.message(f"step {done} was refused: loss {metrics['loss']}, {norms}")
@@ -230,6 +247,7 @@ class _Run:
                 self._records.write("event", done, {"event": "warning", "text": text})
         return self._roll_back(state, done) if metrics["exhausted"] else state
 
+    @phases.phase("restore")
     def _roll_back(self, state: TrainState, done: int) -> TrainState:
         """The newest checkpoint that validates from before the refusals; the data go on."""
         limit = self._experiment.guard.max_consecutive_skips
@@ -256,28 +274,12 @@ class _Run:
         self._records.write("event", done, {"event": "rollback", "text": text})
         return with_leaves(state, restored.state | {"step": state.step})
 
+    @phases.phase("save")
     def _save(self, step: int, state: TrainState) -> None:
         if step != self._saved:
             extra = {"data_position": step, "data_fingerprint": self._data.fingerprint}
             self._checkpointer.save(step, changing(state), extra | self._layers)
             self._saved = step
-
-
-def describe(model: Transformer, tokens_per_step: int, sequence_length: int) -> dict[str, Any]:
-    """What a run's first record says about its size and its machine."""
-    counted = size(model, sequence_length)
-    return {
-        "num_params": counted.params,
-        "num_active_params": counted.active_params,
-        "train_flops_per_token": counted.train_flops_per_token,
-        "moe_layers": list(model.moe_layers),
-        "num_experts": model.moe.num_experts if model.moe else 0,
-        "k": getattr(model.moe.router, "k", None) if model.moe else None,
-        "tokens_per_step": tokens_per_step,
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
-        "peak_flops": peak_flops(),
-    }
 
 
 def _progress(steps: int, start: int) -> Progress | Silent:

@@ -141,7 +141,7 @@ def _leave(error: BaseException) -> NoReturn:
 
 def is_first() -> bool:
     """True in the one process that lists, renames and deletes, and writes what is not sharded."""
-    return _index() == 0
+    return index() == 0
 
 
 def num_processes() -> int:
@@ -150,7 +150,8 @@ def num_processes() -> int:
     return jax.process_count() if state.client is None else state.num_processes
 
 
-def _index() -> int:
+def index() -> int:
+    """The number of this process, 0 for the first. Does not start JAX's backend either."""
     state = _state()
     return jax.process_index() if state.client is None else state.process_id
 
@@ -168,7 +169,7 @@ def exchange(mine: str, decide: Callable[[list[str]], str]) -> str:
     service, number = _service(), _next_exchange()
     place = f"moejax/exchange/{number}"
     if not is_first():
-        service.key_value_set(f"{place}/{_index()}", mine)
+        service.key_value_set(f"{place}/{index()}", mine)
         return service.blocking_key_value_get(f"{place}/decision", _PATIENCE_MS)
     others = (f"{place}/{process}" for process in range(1, num_processes()))
     decision = decide([mine, *(service.blocking_key_value_get(o, _PATIENCE_MS) for o in others)])

@@ -122,7 +122,7 @@ def test_equal_configs_pass(run):
 
 
 def test_a_difference_names_process_host_and_path_everywhere(run, monkeypatch):
-    monkeypatch.setattr(processes.socket, "gethostname", lambda: f"host{processes._index()}")
+    monkeypatch.setattr(processes.socket, "gethostname", lambda: f"host{processes.index()}")
     steps = [3, 3, 5]
     found = run(3, lambda i: processes.check_same("the config", SAME.format(steps[i])))
     assert found[0] == found[1] == found[2]
