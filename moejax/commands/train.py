@@ -60,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace, config: fdl.Config) -> int:
+    from moejax.analysis.goodput import goodput, read_sessions
     from moejax.analysis.report import write_report
     from moejax.config.build import build_config
     from moejax.config.load import load_config
@@ -96,6 +97,7 @@ def _train(args: argparse.Namespace, config: fdl.Config) -> int:
     phases.enter("exit")
     if not processes.is_first():
         return 0
+    print(goodput(read_sessions(workdir)).line())
     if finished.paused_by is not None:
         print(f"{finished.paused_by}: stopped at step {finished.step} with a checkpoint; resume:")
         print(f"  moejax train {workdir}")

@@ -25,7 +25,9 @@ from moejax.train.checkpoint import Checkpointer
 from moejax.train.description import describe
 from moejax.train.evaluate import Evaluator
 from moejax.train.init_from import CHECKPOINTS, LAYERS
+from moejax.train.ledger import Ledger
 from moejax.train.metrics import Accumulator
+from moejax.train.pace import Pace
 from moejax.train.progress import Progress, Silent
 from moejax.train.records import Records
 from moejax.train.restore import TOKENIZER, restore_or_init
@@ -104,6 +106,7 @@ def _train(
                 results = finish.finish(
                     experiment, model, data, state.variables, evaluator, records
                 )
+            run.ledger.update(int(state.step), ended=run.paused_by or "finished")
     return Finished(step=int(state.step), paused_by=run.paused_by, results=results)
 
 
@@ -163,6 +166,7 @@ class _Run:
         self._learning_rate = experiment.optimizer.schedule.build(experiment.steps)
         self._start, self._saved, self._rolled_back_to = start, start, None
         self._layers = {LAYERS: stacked_layers(model.segments)}
+        self._pace, self.ledger = Pace(), Ledger(Path(experiment.workdir), start)
         self.paused_by: str | None = None
 
         tokens_per_step = experiment.batch_size * experiment.sequence_length
@@ -241,8 +245,10 @@ class _Run:
             values = self._accumulator.take()
             num_updates = done - values["skipped"]
             values["learning_rate"] = float(self._learning_rate(max(num_updates - 1, 0)))
+            values |= self._pace.take(done)
             self._records.write("train", done, values)
-            for text in self._health.update(done, values):
+            self.ledger.update(done)
+            for text in (*self._health.update(done, values), *self._pace.warnings()):
                 progress.message(f"warning: {text}")
                 self._records.write("event", done, {"event": "warning", "text": text})
         return self._roll_back(state, done) if metrics["exhausted"] else state
