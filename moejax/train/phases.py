@@ -104,6 +104,8 @@ def begin() -> None:
     global _current
     with contextlib.suppress(AttributeError, ValueError, OSError):  # no standard error, no stacks
         faulthandler.register(signal.SIGUSR1, file=sys.__stderr__, all_threads=True)
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # a profile may be asked for too early
     _current = Phases(_teller())
 
 
