@@ -31,6 +31,7 @@ export JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=$devices
 # Threads: a simulated device that waits in a collective holds one, and must leave others some.
 export NPROC=${NPROC:-$((4 * devices))}
 export MOEJAX_COORDINATOR=127.0.0.1:$port MOEJAX_NUM_PROCESSES=$num_processes
+export MOEJAX_WATCHDOG=${MOEJAX_WATCHDOG-on} # a run that is stuck ends
 
 # One process, and the line that it has ended. Signals are for the command, not for this shell.
 run_process() {

@@ -27,11 +27,12 @@ FAMILIES = {
 MODELS = CORE | FAMILIES | {"models"}
 BESIDE = {"optim", "data", "analysis"}  # know nothing of models
 EXPERIMENT = MODELS | {"objectives", "optim", "data"}
-TRAIN = EXPERIMENT | {"experiment", "analysis", "interop", "interventions"}
+TRAIN = EXPERIMENT | {"experiment", "analysis", "interop", "interventions", "watchdog"}
 
 MAY_IMPORT = {
     "errors": set(),
     "types": set(),
+    "watchdog": {"errors"},  # a parent process that must start before anything can hang
     "kernels": GROUND,
     "parallel": GROUND | {"kernels"},
     "layers": GROUND | {"kernels"},

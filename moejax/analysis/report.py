@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from matplotlib.figure import Figure
 
 from moejax.analysis import adapter_plots, figures, html, plots, router_plots, trace_report
+from moejax.analysis.goodput import goodput, read_sessions
 from moejax.analysis.history import History, build_history
 from moejax.analysis.metrics_file import iter_metrics
 from moejax.errors import UserError
@@ -108,7 +109,7 @@ def write_report(
     history = _read(run_dir)
     with _writing(out):
         pictures = [_draw(history, plan, out) for plan in _plans(history)]
-        sections = trace_report.trace_sections(traces, out)
+        sections = [*_goodput(run_dir), *trace_report.trace_sections(traces, out)]
         page = html.render_page(history, pictures, _config_text(run_dir), sections)
         return _write(page, out)
 
@@ -183,6 +184,16 @@ def _draw(history: History, plan: _Plan, out: pathlib.Path) -> html.Picture:
     with figures.style():
         plan.draw(history).savefig(path)
     return html.Picture(path=path, title=plan.title, caption=plan.caption)
+
+
+def _goodput(run_dir: pathlib.Path) -> list[html.Section]:
+    sessions = read_sessions(run_dir)
+    if not sessions:
+        return []
+    found = goodput(sessions)
+    figures = {name.capitalize(): value for name, value in found.figures().items()}
+    title = f"Where the time went: {found.line().partition(':')[0]}"
+    return [html.Section(title=title, figures=figures, pictures=())]
 
 
 def _config_text(run_dir: pathlib.Path) -> str | None:

@@ -2,7 +2,7 @@
 
 SIGTERM and Ctrl-C write a checkpoint at the next step and exit with status 0, or exit at once where
 there is nothing to save; the same command, or `moejax train WORKDIR`, resumes exactly there.
-Several processes: see launch/README.md.
+Several processes, and MOEJAX_WATCHDOG=on, which ends a run that is stuck: see launch/README.md.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import pathlib
 import sys
 import time
+import uuid
 from typing import TYPE_CHECKING
 
 from moejax.commands import agreement, arguments
@@ -42,11 +43,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how long whoever sends SIGTERM waits before it kills (default: %(default)g); a run "
         "that comes to no checkpoint in nine tenths of that ends without one",
     )
+    parser.add_argument(
+        "--profile",
+        metavar="STEP:COUNT",
+        help="profile so many steps after that one, into WORKDIR/profile; SIGUSR2 profiles the "
+        "next three",
+    )
+    parser.add_argument(
+        "--dump-hlo",
+        action="store_true",
+        help="write the program of the training step, lowered and compiled, into WORKDIR/hlo",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     if not args.grace > 0:
         raise UserError(f"--grace {args.grace:g}: give the seconds between SIGTERM and the kill")
+    from moejax.train import phases
+    from moejax.watchdog import parent
+
+    if parent.wanted(os.environ):
+        return parent.watch([sys.executable, *sys.orig_argv[1:]])
+    phases.begin()
     with StopSignal(leave=_leave, grace=args.grace) as stop:  # before the imports, which take long
         config = arguments.config_from(args)
 
@@ -66,14 +84,18 @@ def _leave(what: str) -> None:
 
 
 def _train(args: argparse.Namespace, config: fdl.Config, stop: StopSignal) -> int:
+    from moejax.analysis.goodput import goodput, read_sessions
     from moejax.analysis.report import write_report
     from moejax.config.build import build_config
     from moejax.config.load import load_config
     from moejax.config.run_directory import CONFIG_JSON, check_workdir, claim
-    from moejax.train import processes
+    from moejax.train import phases, processes
     from moejax.train.loop import train
     from moejax.train.manifest import versions
+    from moejax.train.profiler import Window
+    from moejax.train.run_step import Inspection
 
+    window = None if args.profile is None else Window.parse(args.profile)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     logging.getLogger("moejax").setLevel(logging.INFO)  # tokenising, kernel choices
     agreement.check_same_run(config, until=args.until)
@@ -92,10 +114,16 @@ def _train(args: argparse.Namespace, config: fdl.Config, stop: StopSignal) -> in
     # Last: a refused experiment must not own the folder.
     processes.by_first(lambda: claim(workdir, config, versions()))
     agreement.check_visible(workdir / CONFIG_JSON)
+    phases.announce(workdir, session=processes.exchange(uuid.uuid4().hex, lambda all_: all_[0]))
 
-    finished = train(experiment, name=args.config, until=args.until, stop=stop)
+    inspection = Inspection(profile=window, dump_hlo=args.dump_hlo)
+    finished = train(
+        experiment, name=args.config, until=args.until, stop=stop, inspection=inspection
+    )
+    phases.enter("exit")
     if not processes.is_first():
         return 0
+    print(goodput(read_sessions(workdir)).line())
     if finished.paused_by is not None:
         print(f"{finished.paused_by}: stopped at step {finished.step} with a checkpoint; resume:")
         print(f"  moejax train {workdir}")

@@ -13,7 +13,7 @@ from moejax.data.pipeline import Loaders
 from moejax.kernels import compat
 from moejax.models.transformer import Transformer
 from moejax.objectives.objective import Objective
-from moejax.train import layout
+from moejax.train import layout, phases
 from moejax.train.metrics import means
 
 
@@ -43,6 +43,7 @@ class Evaluator:
         """
         return self.run_until(lambda: None, variables, step)
 
+    @phases.phase("evaluate")
     def run_until(
         self, stop: Callable[[], str | None], variables: Any, step: int
     ) -> dict[str, float] | None:
@@ -52,6 +53,7 @@ class Evaluator:
             if total is not None and stop():
                 return None
             sums = self._step(variables, layout.global_batch(batch, self._mesh), np.int32(step))
+            phases.enter("evaluate")  # news for the watchdog
             total = sums if total is None else jax.tree.map(lambda a, b: a + b, total, sums)
         terms, measures = jax.device_get(total)
         values = means(terms, prefix="eval/") | means(measures, prefix="eval/")

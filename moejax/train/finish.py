@@ -11,11 +11,12 @@ from moejax.data.pipeline import Loaders
 from moejax.experiment import Experiment
 from moejax.models.generate import generate
 from moejax.models.transformer import Transformer
-from moejax.train import processes
+from moejax.train import phases, processes
 from moejax.train.evaluate import Evaluator
 from moejax.train.records import Records
 
 
+@phases.phase("evaluate")
 def finish(
     experiment: Experiment,
     model: Transformer,

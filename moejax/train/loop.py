@@ -19,23 +19,25 @@ from moejax.models.transformer import Transformer
 from moejax.models.variables import parameters
 from moejax.optim import freeze
 from moejax.parallel.canary import check_exchange
-from moejax.train import finish, frozen, layout, processes
+from moejax.train import finish, frozen, layout, phases, processes
 from moejax.train.assemble import assemble
 from moejax.train.checkpoint import Checkpointer
+from moejax.train.description import describe
 from moejax.train.evaluate import Evaluator
 from moejax.train.init_from import CHECKPOINTS, LAYERS
-from moejax.train.manifest import versions
+from moejax.train.ledger import Ledger
 from moejax.train.metrics import Accumulator
-from moejax.train.peak import peak_flops
+from moejax.train.pace import Pace
 from moejax.train.progress import Progress, Silent
-from moejax.train.records import Records
+from moejax.train.records import Records, open_records
 from moejax.train.restore import TOKENIZER, restore_or_init
 from moejax.train.retention import Keep
 from moejax.train.roll_back import RollBack
+from moejax.train.run_step import Inspection, RunStep
 from moejax.train.signals import AgreedStop
 from moejax.train.state import TrainState, changing
 from moejax.train.stop_signal import StopSignal
-from moejax.train.writers import METRICS, JsonLines, TensorBoard, recorded
+from moejax.train.writers import METRICS, recorded
 
 _log = logging.getLogger(__name__)
 
@@ -50,19 +52,24 @@ class Finished:
 
 
 def train(
-    experiment: Experiment, *, name: str, until: int | None = None, stop: StopSignal | None = None
+    experiment: Experiment,
+    *,
+    name: str,
+    until: int | None = None,
+    stop: StopSignal | None = None,
+    inspection: Inspection = Inspection(),  # noqa: B008
 ) -> Finished:
     """Trains until `experiment.steps`, from the newest valid checkpoint in its workdir if any.
 
     `name` describes the run in its records; `until` pauses it after that step, and so does a
-    signal, which `stop` hears where it is given, active. Raises UserError for everything the user
-    can put right; what was saved before stays. `experiment.check()` finds most of it without the
-    data: call it first.
+    signal, which `stop` hears where it is given, active; `inspection` says what else to write
+    down. Raises UserError for everything the user can put right; what was saved before stays.
+    `experiment.check()` finds most of it without the data: call it first.
     """
     mesh = experiment.mesh.build()
     _check_exchange(experiment, mesh)
     with jax.set_mesh(mesh), contextlib.nullcontext(stop) if stop else StopSignal() as heard:
-        return _train(experiment, mesh, heard, name=name, until=until)
+        return _train(experiment, mesh, heard, inspection, name=name, until=until)
 
 
 def _check_exchange(experiment: Experiment, mesh: jax.sharding.Mesh) -> None:
@@ -73,7 +80,13 @@ def _check_exchange(experiment: Experiment, mesh: jax.sharding.Mesh) -> None:
 
 
 def _train(
-    experiment: Experiment, mesh: Any, stop: StopSignal, *, name: str, until: int | None
+    experiment: Experiment,
+    mesh: Any,
+    stop: StopSignal,
+    inspection: Inspection,
+    *,
+    name: str,
+    until: int | None,
 ) -> Finished:
     workdir = Path(experiment.workdir)
     data = prepare_data(experiment)
@@ -90,11 +103,12 @@ def _train(
         state, start = restore_or_init(experiment, model, assembled, checkpointer, data.fingerprint)
         checkpointer.prepare(changing(state))
         agreed = AgreedStop(stop, mesh)
-        with _records(experiment, start) as records:
+        with open_records(experiment, start) as records:
             run = _Run(
                 experiment, model, data, mesh, checkpointer, records, agreed, name=name, start=start
             )
-            state = run.steps(assembled.train_step, state, evaluator, until=until)
+            with RunStep(assembled.train_step, inspection, workdir, start=start) as train_step:
+                state = run.steps(train_step, state, evaluator, until=until)
             results = {}
             if run.paused_by is None:
                 if count := frozen.check_unchanged(workdir, state.frozen):
@@ -102,9 +116,11 @@ def _train(
                 results = finish.finish(
                     experiment, model, data, state.variables, evaluator, records
                 )
+            run.ledger.update(int(state.step), ended=run.paused_by or "finished")
     return Finished(step=int(state.step), paused_by=run.paused_by, results=results)
 
 
+@phases.phase("prepare")
 def prepare_data(experiment: Experiment) -> Loaders:
     """The experiment's data, the same in every process: the first fills the cache for the others.
 
@@ -113,18 +129,6 @@ def prepare_data(experiment: Experiment) -> Loaders:
     data = processes.first_then_others(experiment.prepare_data)
     processes.check_same("the data", f"fingerprint = {data.fingerprint}")
     return data
-
-
-def _records(experiment: Experiment, start: int) -> Records:
-    """The first process writes, the others nothing."""
-    if not processes.is_first():
-        return Records()
-    workdir = Path(experiment.workdir)
-    evaluated = start - (start == experiment.steps)  # the last evaluation is made in any case
-    return Records(
-        JsonLines(workdir / METRICS, resume_step=start, last_eval=evaluated),
-        TensorBoard(workdir / "tensorboard", resume_step=start),
-    )
 
 
 def _freeze_report(experiment: Experiment, model: Transformer) -> freeze.FreezeReport:
@@ -163,6 +167,7 @@ class _Run:
         self._learning_rate = experiment.optimizer.schedule.build(experiment.steps)
         self._start, self._saved = start, start
         self._layers = {LAYERS: stacked_layers(model.segments)}
+        self._pace, self.ledger = Pace(), Ledger(Path(experiment.workdir), start)
         self.paused_by: str | None = None
 
         tokens_per_step = experiment.batch_size * experiment.sequence_length
@@ -196,7 +201,9 @@ class _Run:
         ):
             pending = None
             for step in range(self._start, experiment.steps):
-                state, metrics = train_step(state, layout.global_batch(next(batches), self._mesh))
+                with phases.phase("data", step):
+                    batch = layout.global_batch(next(batches), self._mesh)
+                state, metrics = train_step(state, batch)
                 if step == self._start:
                     self._stop.hold()
                 if pending is not None:
@@ -212,14 +219,16 @@ class _Run:
                     self._evaluate(done, state, evaluator)
                 if save:
                     self._save(done, state)
-                received = self._stop.poll()
+                with phases.waiting():
+                    received = self._stop.poll()
                 if received or done == until:
                     self.paused_by = received or f"--until {until}"
                     break
             if pending is not None:
                 state = self._read(pending, state, done, progress)
             self._save(done, state)
-            self._checkpointer.wait()
+            with phases.phase("save"):
+                self._checkpointer.wait()
         if self.paused_by is None:
             self._stop.release()
         return state
@@ -244,7 +253,9 @@ class _Run:
         self, metrics: Any, state: TrainState, done: int, progress: Progress | Silent
     ) -> TrainState:
         """Handles the metrics of the step that ended at `done`; may roll the state back."""
-        metrics = jax.device_get(metrics)
+        with phases.waiting():
+            metrics = jax.device_get(metrics)
+        phases.enter("step", done)
         if not metrics["accepted"]:
             norms = f"gradient norm {metrics['grad_norm']}, update norm {metrics['update_norm']}"
             progress.message(f"step {done} was refused: loss {metrics['loss']}, {norms}")
@@ -256,37 +267,24 @@ class _Run:
             values = self._accumulator.take()
             num_updates = done - values["skipped"]
             values["learning_rate"] = float(self._learning_rate(max(num_updates - 1, 0)))
+            values |= self._pace.take(done)
             self._records.write("train", done, values)
-            for text in self._health.update(done, values):
+            self.ledger.update(done)
+            for text in (*self._health.update(done, values), *self._pace.warnings()):
                 progress.message(f"warning: {text}")
                 self._records.write("event", done, {"event": "warning", "text": text})
         if metrics["exhausted"]:
-            state, text = self._roll_back(state, done)
+            with phases.phase("restore"):
+                state, text = self._roll_back(state, done)
             self._records.write("event", done, {"event": "rollback", "text": text})
         return state
 
+    @phases.phase("save")
     def _save(self, step: int, state: TrainState) -> None:
         if step != self._saved:
             extra = {"data_position": step, "data_fingerprint": self._data.fingerprint}
             self._checkpointer.save(step, changing(state), extra | self._layers)
             self._saved = step
-
-
-def describe(model: Transformer, tokens_per_step: int, sequence_length: int) -> dict[str, Any]:
-    """What a run's first record says about its size and its machine."""
-    counted = size(model, sequence_length)
-    return {
-        "num_params": counted.params,
-        "num_active_params": counted.active_params,
-        "train_flops_per_token": counted.train_flops_per_token,
-        "moe_layers": list(model.moe_layers),
-        "num_experts": model.moe.num_experts if model.moe else 0,
-        "k": getattr(model.moe.router, "k", None) if model.moe else None,
-        "tokens_per_step": tokens_per_step,
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
-        "peak_flops": peak_flops(),
-    }
 
 
 def _progress(steps: int, start: int) -> Progress | Silent:

@@ -43,6 +43,7 @@ T = TypeVar("T")
 # Numbers of the exchanges and barriers, the same in every process.
 _next_exchange = functools.partial(next, itertools.count())
 _next_barrier = functools.partial(next, itertools.count())
+_alone: dict[str, str] = {}  # what a process on its own has published
 
 
 # ---- joining and leaving -------------------------------------------------------------------------
@@ -141,7 +142,7 @@ def _leave(error: BaseException) -> NoReturn:
 
 def is_first() -> bool:
     """True in the one process that lists, renames and deletes, and writes what is not sharded."""
-    return _index() == 0
+    return index() == 0
 
 
 def others_depend_on_this() -> bool:
@@ -156,7 +157,8 @@ def num_processes() -> int:
     return jax.process_count() if state.client is None else state.num_processes
 
 
-def _index() -> int:
+def index() -> int:
+    """The number of this process, 0 for the first. Does not start JAX's backend either."""
     state = _state()
     return jax.process_index() if state.client is None else state.process_id
 
@@ -174,7 +176,7 @@ def exchange(mine: str, decide: Callable[[list[str]], str]) -> str:
     service, number = _service(), _next_exchange()
     place = f"moejax/exchange/{number}"
     if not is_first():
-        service.key_value_set(f"{place}/{_index()}", mine)
+        service.key_value_set(f"{place}/{index()}", mine)
         return service.blocking_key_value_get(f"{place}/decision", _PATIENCE_MS)
     others = (f"{place}/{process}" for process in range(1, num_processes()))
     decision = decide([mine, *(service.blocking_key_value_get(o, _PATIENCE_MS) for o in others)])
@@ -193,6 +195,24 @@ def all_agree(ok: bool) -> bool:
 def from_first(values: Sequence[int]) -> list[int]:
     """The first process's integers, in every process."""
     return json.loads(exchange(json.dumps(list(values)), lambda all_: all_[0]))
+
+
+def publish(place: str, mine: str) -> None:
+    """Leaves `mine` at a place that no process has used before. Waits for nobody."""
+    if num_processes() == 1:
+        _alone[place] = mine
+        return
+    _service().key_value_set(f"moejax/{place}/{index()}", mine)
+
+
+def take_published(place: str) -> dict[int, str]:
+    """What has been left at a place, by process, which empties it. Waits for nobody."""
+    if num_processes() == 1:
+        return {0: _alone.pop(place)} if place in _alone else {}
+    service = _service()
+    found = service.key_value_dir_get(f"moejax/{place}/")
+    service.key_value_delete(f"moejax/{place}/")
+    return {int(key.rpartition("/")[2]): text for key, text in found}
 
 
 def by_first(action: Callable[[], T]) -> T | None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
-from moejax.train.writers import Writer
+from moejax.experiment import Experiment
+from moejax.train import processes
+from moejax.train.writers import METRICS, JsonLines, TensorBoard, Writer
 
 
 class Records:
@@ -27,3 +30,15 @@ class Records:
     def __exit__(self, *unused) -> None:
         for writer in self._writers:
             writer.close()
+
+
+def open_records(experiment: Experiment, start: int) -> Records:
+    """Those of a session that starts at that step: the first process writes, the others nothing."""
+    if not processes.is_first():
+        return Records()
+    workdir = Path(experiment.workdir)
+    evaluated = start - (start == experiment.steps)  # the last evaluation is made in any case
+    return Records(
+        JsonLines(workdir / METRICS, resume_step=start, last_eval=evaluated),
+        TensorBoard(workdir / "tensorboard", resume_step=start),
+    )

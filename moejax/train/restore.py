@@ -14,7 +14,7 @@ from moejax.interop import hf
 from moejax.models.output import Variables
 from moejax.models.transformer import Transformer
 from moejax.parallel.mesh import Mesh
-from moejax.train import frozen, processes
+from moejax.train import frozen, phases, processes
 from moejax.train.assemble import Assembled
 from moejax.train.checkpoint import Checkpointer
 from moejax.train.init_from import (
@@ -34,6 +34,7 @@ from moejax.types import named_leaves
 TOKENIZER = "tokenizer"
 
 
+@phases.phase("restore")
 def restore_or_init(
     experiment: Experiment,
     model: Transformer,

@@ -31,6 +31,10 @@ class Service:
             assert self._arrived.wait_for(lambda: key in self._values, 10), f"{key} never came"
             return self._values[key]
 
+    def key_value_dir_get(self, key):
+        with self._arrived:
+            return [(k, v) for k, v in self._values.items() if k.startswith(key)]
+
     def key_value_delete(self, key):
         assert key.endswith("/")
         with self._arrived:
@@ -122,7 +126,7 @@ def test_equal_configs_pass(run):
 
 
 def test_a_difference_names_process_host_and_path_everywhere(run, monkeypatch):
-    monkeypatch.setattr(processes.socket, "gethostname", lambda: f"host{processes._index()}")
+    monkeypatch.setattr(processes.socket, "gethostname", lambda: f"host{processes.index()}")
     steps = [3, 3, 5]
     found = run(3, lambda i: processes.check_same("the config", SAME.format(steps[i])))
     assert found[0] == found[1] == found[2]
@@ -196,3 +200,21 @@ def test_a_process_on_its_own_stops_at_once():
         signal.raise_signal(signal.SIGTERM)
         assert agreed.poll() == "SIGTERM"
         assert agreed.poll() == "SIGTERM"
+
+
+def test_what_is_published_can_be_taken_once_and_nobody_waits(run):
+    def action(number):
+        if number:
+            processes.publish("pace/1", f"from {number}")
+        processes.barrier("published")
+        if number:
+            return None
+        return processes.take_published("pace/1"), processes.take_published("pace/1")
+
+    assert run(3, action)[0] == ({1: "from 1", 2: "from 2"}, {})
+
+
+def test_a_process_on_its_own_publishes_to_itself():
+    processes.publish("pace/1", "mine")
+    assert processes.take_published("pace/1") == {0: "mine"}
+    assert processes.take_published("pace/1") == {}
