@@ -22,7 +22,7 @@ def check_same_run(config: fdl.Config, **arguments: Any) -> None:
 
     The error names the process and the paths. Enter `processes.joined` before.
     """
-    from moejax.train import processes
+    from moejax.train import processes, sameness
 
     if processes.num_processes() == 1:
         return
@@ -31,12 +31,12 @@ def check_same_run(config: fdl.Config, **arguments: Any) -> None:
     facts = {f"the argument {name}": repr(value) for name, value in arguments.items()}
     facts |= _versions() | _code(config) | _kernels()
     lines = [f"{path} = {value}" for path, value in facts.items()]
-    processes.check_same("config or code", config_text(config) + "\n".join(lines))
+    sameness.check_same("config or code", config_text(config) + "\n".join(lines))
 
 
 def check_visible(path: pathlib.Path) -> None:
     """Raises UserError where a process does not see the file as the first one does."""
-    from moejax.train import processes
+    from moejax.train import processes, sameness
 
     if processes.num_processes() == 1:
         return
@@ -44,7 +44,7 @@ def check_visible(path: pathlib.Path) -> None:
     deadline = time.monotonic() + _VISIBLE_SECONDS
     while _content(path) != wanted and time.monotonic() < deadline:
         time.sleep(1)
-    processes.check_same("what they see of the workdir", f"{path} = {_content(path)}")
+    sameness.check_same("what they see of the workdir", f"{path} = {_content(path)}")
 
 
 def _content(path: pathlib.Path) -> str:

@@ -19,7 +19,7 @@ from moejax.models.transformer import Transformer
 from moejax.models.variables import parameters
 from moejax.optim import freeze
 from moejax.parallel.canary import check_exchange
-from moejax.train import finish, frozen, layout, phases, processes
+from moejax.train import finish, frozen, layout, phases, processes, sameness
 from moejax.train.assemble import assemble
 from moejax.train.checkpoint import Checkpointer
 from moejax.train.description import describe
@@ -127,7 +127,7 @@ def prepare_data(experiment: Experiment) -> Loaders:
     Raises UserError where the processes found different data.
     """
     data = processes.first_then_others(experiment.prepare_data)
-    processes.check_same("the data", f"fingerprint = {data.fingerprint}")
+    sameness.check_same("the data", f"fingerprint = {data.fingerprint}")
     return data
 
 

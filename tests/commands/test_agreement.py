@@ -7,7 +7,7 @@ from moejax.commands import agreement
 from moejax.config.load import load_config
 from moejax.config.overrides import apply_overrides
 from moejax.kernels import accepted
-from moejax.train import processes
+from moejax.train import processes, sameness
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def compared(monkeypatch):
     """As in a run of two processes; the lines of every comparison."""
     lines = []
     monkeypatch.setattr(processes, "num_processes", lambda: 2)
-    monkeypatch.setattr(processes, "check_same", lambda what, text: lines.extend(text.splitlines()))
+    monkeypatch.setattr(sameness, "check_same", lambda what, text: lines.extend(text.splitlines()))
     return lines
 
 
@@ -56,7 +56,7 @@ def test_accepted_kernels_are_compared(compared, monkeypatch, tmp_path):
 
 
 def test_alone_nothing_is_compared(monkeypatch, tmp_path):
-    monkeypatch.setattr(processes, "check_same", lambda *unused: pytest.fail("compared"))
+    monkeypatch.setattr(sameness, "check_same", lambda *unused: pytest.fail("compared"))
     agreement.check_same_run(load_config("configs/tiny.py:smoke"), until=None)
     agreement.check_visible(tmp_path / "missing")
 

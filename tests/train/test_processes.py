@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from moejax.errors import UserError
-from moejax.train import processes
+from moejax.train import processes, sameness
 from moejax.train.signals import AgreedStop, StopSignal
 
 
@@ -122,13 +122,13 @@ SAME = "model.d_model = 32\nsteps = {}\nworkdir = 'runs/a'\n"
 
 
 def test_equal_configs_pass(run):
-    assert run(3, lambda i: processes.check_same("the config", SAME.format(3))) == [None] * 3
+    assert run(3, lambda i: sameness.check_same("the config", SAME.format(3))) == [None] * 3
 
 
 def test_a_difference_names_process_host_and_path_everywhere(run, monkeypatch):
-    monkeypatch.setattr(processes.socket, "gethostname", lambda: f"host{processes.index()}")
+    monkeypatch.setattr(sameness.socket, "gethostname", lambda: f"host{processes.index()}")
     steps = [3, 3, 5]
-    found = run(3, lambda i: processes.check_same("the config", SAME.format(steps[i])))
+    found = run(3, lambda i: sameness.check_same("the config", SAME.format(steps[i])))
     assert found[0] == found[1] == found[2]
     assert "process 2 (on host2) and process 0 (on host0) differ in the config" in found[0]
     assert "steps is 3 in process 0 and 5 in process 2:" in found[0]
@@ -137,7 +137,7 @@ def test_a_difference_names_process_host_and_path_everywhere(run, monkeypatch):
 
 def test_a_difference_names_paths_that_one_lacks_and_cuts_long_lists(run):
     lines = ["", "".join(f"path{n} = {n}\n" for n in range(7))]
-    found = run(2, lambda i: processes.check_same("the config", lines[i]))[0]
+    found = run(2, lambda i: sameness.check_same("the config", lines[i]))[0]
     assert "path0 is (none) in process 0 and 0 in process 1" in found
     assert "path4" in found
     assert "path5" not in found
@@ -152,7 +152,7 @@ def test_a_process_on_its_own_agrees_with_itself():
     assert processes.from_first([1, 2]) == [1, 2]
     assert processes.first_then_others(lambda: 3) == 3
     processes.barrier("alone")
-    processes.check_same("the config", "a = 1\n")
+    sameness.check_same("the config", "a = 1\n")
     with pytest.raises(UserError, match="no space"):
         processes.by_first(lambda: (_ for _ in ()).throw(UserError("no space")))
 
