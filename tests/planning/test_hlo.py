@@ -43,6 +43,8 @@ def exchanges(module) -> dict[Exchange, int]:
         ("mesh['data'=2,'expert'=4] {'expert'}", ("expert",), 4),
         ("mesh['data'=2,'expert'=4] {'expert','data'}", ("data", "expert"), 8),
         ("mesh['axis_0'=8] {'axis_0'}", ("data", "expert"), 8),
+        ("mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}", ("data",), 2),
+        ("mesh['a'=4,'b'=2], device_ids=(0,4,1,5,2,6,3,7) {'a'}", ("expert",), 4),
         ("{{0},{1},{2},{3},{4},{5},{6},{7}}", (), 1),
         ("{{0,1},{2,3},{4,5},{6,7}}", ("expert",), 2),  # half of an axis
     ],
@@ -61,7 +63,12 @@ def test_a_range_and_lists_say_the_same():
     np.testing.assert_array_equal(ranged, [[0, 2], [1, 3], [4, 6], [5, 7]])
 
 
-@pytest.mark.parametrize("text", ["replica_groups=@table", "", "replica_groups=mesh['a'=4] {'b'}"])
+BAD = "replica_groups=mesh['a'=4], device_ids=(x) {'a'}"
+
+
+@pytest.mark.parametrize(
+    "text", ["replica_groups=@table", "", "replica_groups=mesh['a'=4] {'b'}", BAD]
+)
 def test_another_spelling_is_an_error(text):
     with pytest.raises(ValueError, match=r"no replica groups|cannot be read"):
         replica_groups.groups(text, 8)
