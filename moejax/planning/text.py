@@ -137,6 +137,8 @@ def _time(plan: Plan) -> Iterator[str]:
     yield "estimate of a step (peak rates and bandwidths, no latency; nothing was measured)"
     yield f"  {'compute':28} {_time_of(guess.compute)}"
     yield f"  {'main memory':28} {_time_of(guess.memory)}"
+    if plan.work is not None and plan.work.open_loops:
+        yield "    (without what loops of open length repeat: blocks of keys, tiles of rows)"
     for axes, seconds in sorted(guess.networks.items(), key=lambda item: -item[1]):
         yield f"  {'network, ' + '+'.join(axes):28} {_time_of(seconds)}"
     yield f"  step, if all of it overlaps       {_time_of(guess.least)}, MFU {guess.mfu_most:.1%}"
