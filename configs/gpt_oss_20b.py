@@ -7,8 +7,9 @@ Command   moejax train configs/gpt_oss_20b.py:h100_64 data.train.path=DATA
           DATA is a JSON Lines file, or a folder of them; gpt-oss-20b is a downloaded folder.
 Cost      the authors took 2.1M H100-hours for the large one and almost ten times fewer for this
           one, post-training included (arXiv 2508.10925, section 2.3); not run here
-Result    none here. No topology below was compiled or timed: its sizes divide, and its parameters,
-          gradients and moments fit, which tests/configs/test_topologies.py checks
+Result    none here, and nothing was timed. `large_v5p_128` was compiled and fits (`moejax plan`,
+          figures in docs/benchmarks.md); of the others it is known that sizes divide and that
+          parameters, gradients and moments fit, which tests/configs/test_topologies.py checks
 Numbers   architecture: config.json of openai/gpt-oss-20b and gpt-oss-120b; they differ in layers
           and experts alone.
 Ours      everything else: nothing is published about data, batch, learning rate or balancing

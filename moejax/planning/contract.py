@@ -16,7 +16,7 @@ from moejax.planning.plan import Plan
 
 BUDGET = "memory budget"
 _COMPILER = "compiled with"
-_ROOM = 1.02  # of a budget over what is needed when it is written
+_ROOM, _LITTLE = 1.02, 100_000  # of a budget over what is needed when it is written: share, bytes
 _LEAST = 2**16  # bytes of all calls; collectives below are counters and change with the compiler
 
 
@@ -32,7 +32,7 @@ def facts(plan: Plan) -> list[str]:
         f"topology: {plan.topology.name}",
         f"mesh: {mesh}",
         f"tokens per step: {plan.tokens}",
-        f"{BUDGET}: {_megabytes(memory.needed * _ROOM)}",
+        f"{BUDGET}: {_megabytes(memory.needed * _ROOM + _LITTLE)}",
         *(f"memory, {kind}: {_megabytes(n)}" for kind, n in memory.held.items()),
         f"arrays of every expert on every token: {len(plan.expansions)}",
         f"collectives in loops of open length: {plan.work.open_exchanges}",

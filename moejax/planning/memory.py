@@ -65,15 +65,17 @@ def memory_of(step: CompiledStep, capacity: int | None) -> Memory:
     """What a compiled step needs on a device of so many bytes; less is known of a refused one."""
     held = by_kind(step)
     if step.program is None:
-        needed = needed_by_refusal(step.refusal or "")
+        refusal = step.refusal or ""
+        needed = needed_by_refusal(refusal) or 0
+        if "HLO temporaries" in refusal:  # and says nothing of the arguments
+            needed += sum(held.values())
         return Memory(
             held=held,
             padding=None,
             temporaries=None,
             results=None,
             code=None,
-            # The compiler may speak of temporaries alone.
-            needed=max(needed or 0, (capacity or 0) + 1),
+            needed=max(needed, (capacity or 0) + 1),  # else it would not have refused
             capacity=capacity,
         )
     stats = step.program.memory_analysis()
@@ -83,9 +85,8 @@ def memory_of(step: CompiledStep, capacity: int | None) -> Memory:
         "results": stats.output_size_in_bytes - stats.alias_size_in_bytes,
         "code": stats.generated_code_size_in_bytes,
     }
-    # The compiler leaves out arguments that it does not use.
-    needed = sum(parts.values()) + max(sum(held.values()), stats.argument_size_in_bytes)
-    needed -= parts["padding"] if stats.argument_size_in_bytes > sum(held.values()) else 0
+    # The compiler leaves out arguments that the program does not use; they are there all the same.
+    needed = sum(held.values()) + sum(parts.values())
     return Memory(held=held, **parts, needed=needed, capacity=capacity)
 
 

@@ -14,8 +14,9 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
+from moejax.parallel.placement import by_slice
 from moejax.planning.topology import Topology
-from moejax.planning.work import Exchange
+from moejax.planning.work import SLICE, Exchange
 
 _RING = 16  # the side of a flat slice that is a ring
 _CUBE = 4  # slices made of whole cubes of this side are tori
@@ -38,7 +39,7 @@ class Link:
 
 
 def link(axes: tuple[str, ...], mesh: jax.sharding.Mesh, topology: Topology) -> Link:
-    """Between the devices that differ along `axes` of the mesh alone."""
+    """Between the devices that differ along `axes` of the mesh alone, or between slices."""
     chip = topology.chip
     if chip is None:
         raise ValueError("the CPU's simulated devices have no network")
@@ -46,8 +47,9 @@ def link(axes: tuple[str, ...], mesh: jax.sharding.Mesh, topology: Topology) -> 
     if chip.torus_axes == 0:
         hosts = len({device.process_index for device in group})
         return Link(bandwidth=chip.slow if hosts > 1 else chip.fast, spread=0, leaves=hosts > 1)
-    if len({getattr(device, "slice_index", 0) for device in group}) > 1:
+    if axes == (SLICE,):
         return Link(bandwidth=chip.slow, spread=0, leaves=True)
+    group = by_slice(group)[0]  # what crosses slices is counted on its own
     places = np.array([device.coords for device in group])
     rings = {i: len(set(places[:, i])) for i in range(3) if len(set(places[:, i])) > 1}
     per_axis = chip.fast / chip.torus_axes

@@ -75,7 +75,7 @@ def plan_of(
     expansions: list[str] = []
     if step.program is not None:
         module = hlo.read(step.program.as_text())
-        work = work_of(module, sizes)
+        work = work_of(module, sizes, num_slices=topology.num_slices)
         flops = flops_of(experiment, step.model, work, step.mesh.size)
         split = step.mesh.size // sizes["tensor"]
         expansions = dense.expansions(module, experiment, step.model, sizes["expert"], split)

@@ -9,7 +9,7 @@ from typing import Any
 from moejax.planning import network
 from moejax.planning.plan import Plan
 
-_GB = 1e9
+_SMALL = 10**8
 _ROWS = 12  # collectives that are shown; the others are added up
 _SHOWN_EXPANSIONS = 5
 
@@ -135,16 +135,24 @@ def _time(plan: Plan) -> Iterator[str]:
         return
     yield ""
     yield "estimate of a step (peak rates and bandwidths, no latency; nothing was measured)"
-    yield f"  {'compute':28} {guess.compute:9.3f} s"
-    yield f"  {'main memory':28} {guess.memory:9.3f} s"
+    yield f"  {'compute':28} {_time_of(guess.compute)}"
+    yield f"  {'main memory':28} {_time_of(guess.memory)}"
+    if plan.work is not None and plan.work.open_loops:
+        yield "    (without what loops of open length repeat: blocks of keys, tiles of rows)"
     for axes, seconds in sorted(guess.networks.items(), key=lambda item: -item[1]):
-        yield f"  {'network, ' + '+'.join(axes):28} {seconds:9.3f} s"
-    yield f"  step, if all of it overlaps       {guess.least:9.3f} s, MFU {guess.mfu_most:.1%}"
-    yield f"  step, if no collective overlaps   {guess.most:9.3f} s, MFU {guess.mfu_least:.1%}"
+        yield f"  {'network, ' + '+'.join(axes):28} {_time_of(seconds)}"
+    yield f"  step, if all of it overlaps       {_time_of(guess.least)}, MFU {guess.mfu_most:.1%}"
+    yield f"  step, if no collective overlaps   {_time_of(guess.most)}, MFU {guess.mfu_least:.1%}"
 
 
 def _gb(num_bytes: int | None) -> str:
-    return f"{(num_bytes or 0) / _GB:10.3f} GB"
+    """In GB, or in MB where that would be nothing."""
+    found = num_bytes or 0
+    return f"{found / 1e9:10.3f} GB" if found >= _SMALL else f"{found / 1e6:10.3f} MB"
+
+
+def _time_of(seconds: float) -> str:
+    return f"{seconds:9.3f} s" if seconds >= 1 else f"{seconds * 1e3:9.3f} ms"
 
 
 _PARTS = (_cluster, _memory, _refusal, _copied, _collectives, _time)

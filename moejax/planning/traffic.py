@@ -22,7 +22,9 @@ _FREE = {
     "opt-barrier",
     "parameter",
     "partition-id",
+    "recv",
     "replica-id",
+    "send",
     "tuple",
     "while",
 }

@@ -31,12 +31,16 @@ KINDS = (
 )
 
 
+SLICE = "slice"  # stands for a mesh axis in what slices of TPUs send each other
+_BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+
+
 class Exchange(NamedTuple):
     """One kind of collective call.
 
     Attributes:
       kind: of `KINDS`.
-      axes: of the mesh, along which its devices differ; empty for none.
+      axes: of the mesh, along which its devices differ; empty for none, `SLICE` between slices.
       size: devices of a group.
       num_bytes: of the whole array on one device: what is gathered, reduced, scattered or sent,
         own part included.
@@ -84,14 +88,21 @@ class Work:
         )
 
 
-def work_of(module: Module, sizes: Mapping[str, int]) -> Work:
+def work_of(module: Module, sizes: Mapping[str, int], *, num_slices: int = 1) -> Work:
     """What a program does on the path of a balanced routing.
+
+    A program for several slices of TPUs is that of one slice: its collectives stay within, and what
+    leaves it is sent through the hosts, after it was reduced or scattered within.
 
     Args:
       module: read by `hlo.read`.
-      sizes: {axis: size} of the mesh that it was compiled for.
+      sizes: {axis: size} of the mesh that it was compiled for, `data` first.
+      num_slices: over which `data` is split.
     """
-    return _Walk(module, sizes).computation(module.entry)
+    if num_slices > 1:
+        first = next(iter(sizes))
+        sizes = {**sizes, first: sizes[first] // num_slices}
+    return _Walk(module, sizes, num_slices).computation(module.entry)
 
 
 def kind_of(instruction: Instruction) -> str | None:
@@ -101,8 +112,8 @@ def kind_of(instruction: Instruction) -> str | None:
 
 
 class _Walk:
-    def __init__(self, module: Module, sizes: Mapping[str, int]):
-        self._module, self._sizes = module, sizes
+    def __init__(self, module: Module, sizes: Mapping[str, int], num_slices: int):
+        self._module, self._sizes, self._num_slices = module, sizes, num_slices
         self._known: dict[tuple[str, bool], Work] = {}
         self._shapes: dict[str, dict[str, Instruction]] = {}
 
@@ -122,6 +133,11 @@ class _Walk:
         lines = self._lines(where)
         if kind := kind_of(instruction):
             return self._exchange(instruction, kind, lines), 1
+        if opcode == "send" and (found := _BETWEEN_SLICES.search(instruction.attributes)):
+            num_bytes = sum(a.num_bytes for a in lines[instruction.operands[0]].arrays)
+            kind = found[1].lower().replace("_", "-")
+            call = Exchange(kind, (SLICE,), self._num_slices, num_bytes)
+            return Work(exchanges=collections.Counter({call: 1})), 1
         if opcode.endswith(("-done", "-update")):
             return Work(), 1  # counted where it started
         if opcode == "while":

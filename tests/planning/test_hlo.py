@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moejax.planning import hlo, replica_groups
-from moejax.planning.work import Exchange, work_of
+from moejax.planning.work import SLICE, Exchange, work_of
 
 SIZES = {"data": 2, "expert": 4}
 
@@ -43,6 +43,8 @@ def exchanges(module) -> dict[Exchange, int]:
         ("mesh['data'=2,'expert'=4] {'expert'}", ("expert",), 4),
         ("mesh['data'=2,'expert'=4] {'expert','data'}", ("data", "expert"), 8),
         ("mesh['axis_0'=8] {'axis_0'}", ("data", "expert"), 8),
+        ("mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}", ("data",), 2),
+        ("mesh['a'=4,'b'=2], device_ids=(0,4,1,5,2,6,3,7) {'a'}", ("expert",), 4),
         ("{{0},{1},{2},{3},{4},{5},{6},{7}}", (), 1),
         ("{{0,1},{2,3},{4,5},{6,7}}", ("expert",), 2),  # half of an axis
     ],
@@ -61,7 +63,12 @@ def test_a_range_and_lists_say_the_same():
     np.testing.assert_array_equal(ranged, [[0, 2], [1, 3], [4, 6], [5, 7]])
 
 
-@pytest.mark.parametrize("text", ["replica_groups=@table", "", "replica_groups=mesh['a'=4] {'b'}"])
+BAD = "replica_groups=mesh['a'=4], device_ids=(x) {'a'}"
+
+
+@pytest.mark.parametrize(
+    "text", ["replica_groups=@table", "", "replica_groups=mesh['a'=4] {'b'}", BAD]
+)
 def test_another_spelling_is_an_error(text):
     with pytest.raises(ValueError, match=r"no replica groups|cannot be read"):
         replica_groups.groups(text, 8)
@@ -73,6 +80,25 @@ def test_pairs_of_a_permutation():
         "source_target_pairs={{0,1},{1,0},{4,5},{5,4}}"
     )
     assert exchanges(module) == {Exchange("collective-permute", ("expert",), 2, 512): 1}
+
+
+def test_what_slices_send_each_other_goes_through_the_hosts():
+    """And the groups of the other collectives are those of one slice."""
+    module = program(
+        "  %t = token[] after-all()\n"
+        "  %s = (f32[8,16]{1,0}, u32[], token[]) send(%p, %t), channel_id=2, "
+        'is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",'
+        '_xla_megascale_transfer_type="ALL_REDUCE"}\n'
+        "  %d = token[] send-done(%s), channel_id=2, is_host_transfer=true\n"
+        "  %r = (f32[8,16]{1,0}, u32[], token[]) recv(%t), channel_id=1, is_host_transfer=true, "
+        'frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}\n'
+        "  ROOT %x = f32[8,16]{1,0} all-reduce(%p), replica_groups={{0,1,2,3}}, to_apply=%add",
+        ADD,
+    )
+    assert dict(work_of(module, SIZES, num_slices=2).exchanges) == {
+        Exchange("all-reduce", (SLICE,), 2, 512): 1,
+        Exchange("all-reduce", ("expert",), 4, 512): 1,
+    }
 
 
 GROUPS = "replica_groups=[2,4]<=[8], dimensions={0}"

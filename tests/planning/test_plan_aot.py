@@ -8,6 +8,7 @@ from moejax.errors import UserError
 from moejax.kernels import compat
 from moejax.planning.plan import plan
 from moejax.planning.topology import parse
+from moejax.planning.work import SLICE
 from tests.planning import planned
 
 pytestmark = [
@@ -40,10 +41,12 @@ def test_every_generation(topology):
 
 def test_several_slices_exchange_gradients_alone():
     found = planned_for("v5p:2x2x1*2", "mesh.data=2")
-    across = {call.kind for call in found.work.exchanges if "data" in call.axes}
+    across = {call.kind for call in found.work.exchanges if call.axes == (SLICE,)}
     assert across
     assert across <= {"all-reduce", "reduce-scatter", "all-gather"}
-    assert all("data" not in c.axes for c in found.work.exchanges if "ragged" in c.kind)
+    inside = {axis for call in found.work.exchanges for axis in call.axes} - {SLICE}
+    assert inside == {"fsdp", "expert"}
+    assert found.estimate.networks[(SLICE,)] > 0
 
 
 def test_a_model_axis_over_slices_is_refused():

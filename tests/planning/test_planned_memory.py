@@ -84,6 +84,9 @@ def test_a_refused_program_still_says_what_the_state_takes():
     assert memory.needed == int(120.5 * 2**30)
     assert memory.temporaries is None
     assert not memory.fits
+    text = "the total memory required for HLO temporaries (64.50G) exceeds available HBM"
+    memory = memory_of(dataclasses.replace(refused, refusal=text), 2**36)
+    assert memory.needed == int(64.5 * 2**30) + sum(memory.held.values())
     # Of one that says less, at least that it is too much.
     assert memory_of(dataclasses.replace(refused, refusal="no"), 2**36).needed == 2**36 + 1
 

@@ -12,7 +12,7 @@ from moejax.planning import network, roofline
 from moejax.planning.chips import CHIPS
 from moejax.planning.network import Link
 from moejax.planning.topology import parse
-from moejax.planning.work import Exchange
+from moejax.planning.work import SLICE, Exchange
 from tests.parallel.test_placement import Device, sizes, torus
 from tests.planning import planned
 
@@ -60,9 +60,12 @@ def test_a_line_has_no_way_round():
 
 def test_between_slices_is_slow():
     devices = [d for i in range(2) for d in torus(4, 4, 4, slice_index=i)]
-    found = link(("data",), devices, "v5p:4x4x4*2", data=2, fsdp=64)
+    found = link((SLICE,), devices, "v5p:4x4x4*2", data=4, fsdp=32)
     assert (found.bandwidth, found.leaves) == (V5P.slow, True)
-    assert not link(("fsdp",), devices, "v5p:4x4x4*2", data=2, fsdp=64).leaves
+    assert not link(("fsdp",), devices, "v5p:4x4x4*2", data=4, fsdp=32).leaves
+    inside = link(("data",), devices, "v5p:4x4x4*2", data=4, fsdp=32)  # two replicas in a slice
+    assert inside.bandwidth == V5P.fast / 3 / 2
+    assert not inside.leaves
 
 
 def test_between_hosts_of_graphics_cards_is_slow():
