@@ -6,6 +6,7 @@ and an array without elements is not stored but made anew.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import errno
 import json
@@ -26,7 +27,7 @@ from moejax.train import processes
 
 _STATE, _MANIFEST, _MANIFEST_FILE = "state", "manifest", "manifest.json"
 _READ_TOGETHER = 2**25  # bytes of leaves, at least; or this part of all of them
-_TURNS = 16
+_TURNS = 24
 
 
 class _LateJson(ocp.AsyncCheckpointHandler):
@@ -100,6 +101,7 @@ class ArrayStore:
     def read(self, path: epath.Path, wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
         """The leaves named in `wanted` (path -> abstract with sharding), laid out as asked."""
         found: dict[str, Any] = {}
+        give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
         for target in _in_turns(_storable(wanted)):
             found |= self._reader.restore(
                 path / _STATE,
@@ -109,6 +111,8 @@ class ArrayStore:
                     partial_restore=True,
                 ),
             )
+            if give_back is not None:  # what reading took, for its threads would keep it
+                give_back(0)
         return {name: _from_storable(found.get(name), like) for name, like in wanted.items()}
 
 
