@@ -90,6 +90,12 @@ class Experiment:
                 f"num_microbatches={self.num_microbatches} does not divide "
                 f"batch_size={self.batch_size}"
             )
+        if "://" in self.workdir:
+            raise UserError(
+                f"workdir={self.workdir} is the address of a bucket, and a run's folder must be in "
+                "a file system: mount the bucket (with Cloud Storage FUSE, say) and name the "
+                "folder there"
+            )
         longest = self.model.max_length
         if longest is not None and self.sequence_length > longest:
             raise UserError(

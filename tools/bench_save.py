@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import json
 import os
 import pathlib
@@ -21,7 +22,8 @@ import time
 PARTS = {
     "all": "moejax.train.checkpoint:Checkpointer.save",
     "the save before": "moejax.train.checkpoint:Checkpointer.wait",
-    "fingerprints": "moejax.train.checkpoint:fingerprints",
+    "starting fingerprints": "moejax.train.checkpoint:start_manifest",
+    "clearing up": "moejax.train.checkpoint:Checkpointer._prepare",
     "handing over": "moejax.train.array_store:ArrayStore.write",
 }
 
@@ -56,19 +58,21 @@ def _show(every: int, found: dict) -> None:
         each = ", ".join(f"{1e3 * s:.0f}" for s in saves)
         print(f"  each save held the loop for {each} ms: {100 * share:.2f}% of that time")
         for part, spent in found["spent"].items():
-            print(f"  {part:16} median {1e3 * statistics.median(spent):6.1f} ms")
+            print(f"  {part:22} median {1e3 * statistics.median(spent):6.1f} ms")
+        busy = 1e3 * statistics.median(found["busy"])
+        print(f"  of all, the loop's own thread computed for {busy:.1f} ms")
 
 
 def _train(args: argparse.Namespace, *, every: int, out: pathlib.Path) -> int:
-    import importlib
-
-    spent: dict[str, list[float]] = {}
+    spent: dict[str, list[float]] = {part: [] for part in PARTS}
+    busy: list[float] = []
+    saving = [False]  # the parts count only within a save
     for part, target in PARTS.items():
         module, _, path = target.partition(":")
         *owners, name = path.split(".")
         owner = functools.reduce(getattr, owners, importlib.import_module(module))
-        timed = _timed(getattr(owner, name), spent.setdefault(part, []))
-        setattr(owner, name, timed)
+        whole = busy if part == "all" else None
+        setattr(owner, name, _timed(getattr(owner, name), spent[part], saving, whole))
     from moejax.commands import main as command
     from moejax.train import writers
 
@@ -88,21 +92,27 @@ def _train(args: argparse.Namespace, *, every: int, out: pathlib.Path) -> int:
         status = command([*words, "--until", str(args.steps)])
     finally:
         shutil.rmtree(folder)
-    inside = {
-        part: seconds[: args.steps // every if every else 0] for part, seconds in spent.items()
-    }
-    out.write_text(json.dumps({"seconds": times[-1] - times[0], "spent": inside}))
+    seconds = times[-1] - times[0]
+    out.write_text(json.dumps({"seconds": seconds, "spent": spent, "busy": busy}))
     return status
 
 
-def _timed(function, into: list[float]):
+def _timed(function, into: list[float], saving: list[bool], busy: list[float] | None):
+    """The function, with its seconds appended to `into`, and its thread's own to `busy`."""
+
     @functools.wraps(function)
     def run(*arguments, **named):
-        start = time.perf_counter()
+        if busy is not None:
+            saving[0] = True
+        start, own = time.perf_counter(), time.thread_time()
         try:
             return function(*arguments, **named)
         finally:
-            into.append(time.perf_counter() - start)
+            if saving[0]:
+                into.append(time.perf_counter() - start)
+            if busy is not None:
+                busy.append(time.thread_time() - own)
+                saving[0] = False
 
     return run
 

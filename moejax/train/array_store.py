@@ -6,14 +6,16 @@ and an array without elements is not stored but made anew.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import errno
 import json
 import logging
+import math
 import re
 import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -24,6 +26,8 @@ from etils import epath
 from moejax.train import processes
 
 _STATE, _MANIFEST, _MANIFEST_FILE = "state", "manifest", "manifest.json"
+_READ_TOGETHER = 2**25  # bytes of leaves, at least; or this part of all of them
+_TURNS = 24
 
 
 class _LateJson(ocp.AsyncCheckpointHandler):
@@ -96,16 +100,34 @@ class ArrayStore:
 
     def read(self, path: epath.Path, wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
         """The leaves named in `wanted` (path -> abstract with sharding), laid out as asked."""
-        target = _storable(wanted)
-        found = self._reader.restore(
-            path / _STATE,
-            args=ocp.args.PyTreeRestore(
-                item=target,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-                partial_restore=True,
-            ),
-        )
+        found: dict[str, Any] = {}
+        give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+        for target in _in_turns(_storable(wanted)):
+            found |= self._reader.restore(
+                path / _STATE,
+                args=ocp.args.PyTreeRestore(
+                    item=target,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+                    partial_restore=True,
+                ),
+            )
+            if give_back is not None:  # what reading took, for its threads would keep it
+                give_back(0)
         return {name: _from_storable(found.get(name), like) for name, like in wanted.items()}
+
+
+def _in_turns(target: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The leaves in groups: a leaf that is being read takes up to three times its size."""
+    size = lambda leaf: math.prod(leaf.shape) * leaf.dtype.itemsize
+    limit = max(_READ_TOGETHER, sum(map(size, target.values())) // _TURNS)
+    group: dict[str, Any] = {}
+    for name, leaf in target.items():
+        if group and sum(map(size, group.values())) + size(leaf) > limit:
+            yield group
+            group = {}
+        group[name] = leaf
+    if group:
+        yield group
 
 
 def _is_key(leaf: Any) -> bool:

@@ -105,7 +105,7 @@ class Checkpointer:
 
         try:
             processes.by_first(take)
-        except OSError as error:
+        except (OSError, ImportError) as error:  # of a library for a kind of storage
             raise UserError(
                 f"cannot write checkpoints to {self.directory.root}: {reason(error)}; choose "
                 "another workdir or put that right"

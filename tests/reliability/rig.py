@@ -50,10 +50,9 @@ class Run:
     def __init__(self, folder: pathlib.Path):
         self.folder, self.workdir = folder, folder / "run"
         folder.mkdir(parents=True)
-        self._cache, self._passed = folder / "data", folder.with_suffix(".passed")
-        self.log = folder.with_suffix(".log")
+        self._passed, self.log = folder.with_suffix(".passed"), folder.with_suffix(".log")
         self._damaged: set[int] = set()  # inodes, for a step may be saved anew
-        paths = (f"workdir={self.workdir}", f"data.cache_dir={self._cache}")
+        paths = (f"workdir={self.workdir}", f"data.cache_dir={folder / 'data'}")
         self._words = ["train", "configs/tiny.py:smoke", *_OVERRIDES, *paths]
 
     def session(self, kill: Kill) -> Session:
@@ -89,7 +88,8 @@ class Run:
 
     def problems(self, reference: "Run | None") -> list[str]:
         """In which ways the finished run is not the one that nobody killed."""
-        found = [f"left over: {path}" for path in outcome.leftovers(self.workdir, self._cache)]
+        # Not in the data cache: there the next build clears up, and this run needs no further one.
+        found = [f"left over: {path}" for path in outcome.leftovers(self.workdir)]
         wanted = [STEPS - 2, STEPS]
         if outcome.committed(self.workdir) != wanted:
             return [*found, f"checkpoints {outcome.committed(self.workdir)}, not {wanted}"]
@@ -168,7 +168,7 @@ class Rig:
             if len(self.failures) == before:
                 shutil.rmtree(run.folder)
             else:
-                self._echo(run.log.read_text()[-3000:])
+                self._echo("\n".join([*self.failures[before:], run.log.read_text()[-3000:]]))
 
     def _one_run(self, run: Run, waiting: list[Kill]) -> None:
         for number in range(_MOST_PER_RUN + 1):

@@ -133,6 +133,22 @@ def test_a_refused_step_changes_nothing_but_the_position(smoke):
 
 
 @pytest.mark.slow
+def test_a_step_is_recorded_before_it_is_saved(smoke, monkeypatch):
+    """Or a kill behind the save would lose the record: a resumed run does not make it again."""
+    experiment, save, seen = smoke("order", "steps=5", "checkpoint_every=2"), Checkpointer.save, []
+
+    def checked(self, step, *args):
+        if "checkpoints" in str(self.directory.root):
+            seen.append(step)
+            assert step in [r["step"] for r in records(experiment) if r["kind"] == "train"]
+        return save(self, step, *args)
+
+    monkeypatch.setattr(Checkpointer, "save", checked)
+    train(experiment, name="order")
+    assert seen == [2, 4, 5]
+
+
+@pytest.mark.slow
 def test_too_many_refusals_roll_back_and_data_go_on(smoke):
     experiment = smoke(
         "rollback",

@@ -12,7 +12,7 @@ from tensorboardX.record_writer import crc32c  # noqa: F401  (the format's own c
 from moejax.analysis.metrics_file import read_metrics
 from moejax.errors import UserError
 from moejax.train.progress import Progress
-from moejax.train.writers import JsonLines, TensorBoard
+from moejax.train.writers import JsonLines, TensorBoard, recorded
 
 
 def record(step, kind="train", **values):
@@ -170,3 +170,16 @@ def test_progress_on_a_terminal_is_one_live_line():
     assert last.startswith("step 10/10 ")
     assert "loss 5.0000  1,000 tokens/s" in last
     assert "hello" in stream.getvalue()
+
+
+def test_an_evaluation_that_is_made_again_is_not_kept(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write(path, [record(s, kind) for s in (1, 2, 3) for kind in ("train", "eval")])
+    assert recorded(path, "eval", 3)
+    write(path, [record(3, "eval")], resume_step=3, last_eval=2)
+    found = [(r["kind"], r["step"]) for r in read_metrics(path)]
+    assert found == [(k, s) for s in (1, 2, 3) for k in ("train", "eval")]
+    write(path, [], resume_step=1)
+    assert not recorded(path, "eval", 3)
+    assert recorded(path, "eval", 1)
+    assert not recorded(tmp_path / "nowhere.jsonl", "eval", 1)
