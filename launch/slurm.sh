@@ -7,7 +7,7 @@
 #
 # Trains on a Slurm cluster: one process per node, each with all devices of its node.
 #
-#   sbatch --nodes=8 --gpus-per-node=8 launch/slurm.sh gpus COMMAND...
+#   sbatch --nodes=8 --gpus-per-node=8 --cpus-per-task=64 launch/slurm.sh gpus COMMAND...
 #   sbatch --nodes=2 --cpus-per-task=32 launch/slurm.sh cpus:4 COMMAND...    4 simulated devices each
 #
 # The job puts itself back into the queue, and goes on from its checkpoint, when it was asked to stop
@@ -28,6 +28,8 @@ shift
 STOPPED=85 EXPIRED=75 # of the watchdog: stopped in good order, and ended where it was stuck
 export MOEJAX_COORDINATOR=auto MOEJAX_WATCHDOG=${MOEJAX_WATCHDOG-on} MOEJAX_STOPPED_STATUS=$STOPPED
 unset MOEJAX_NUM_PROCESSES MOEJAX_PROCESS_ID # Slurm knows them
+# srun takes sbatch's --cpus-per-task only from this variable, and gives one processor else.
+[[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 if [[ $devices == gpus ]]; then
   gpus=${SLURM_GPUS_ON_NODE:-0}
   ((gpus > 0)) || { echo "launch/slurm.sh gpus: the job has none; --gpus-per-node=N" >&2; exit 2; }

@@ -17,7 +17,6 @@ from moejax.models.flops import size
 from moejax.models.stack import stacked_layers
 from moejax.models.transformer import Transformer
 from moejax.models.variables import parameters
-from moejax.optim import freeze
 from moejax.parallel.canary import check_exchange
 from moejax.train import finish, frozen, layout, phases, processes, sameness
 from moejax.train.assemble import assemble
@@ -131,15 +130,6 @@ def prepare_data(experiment: Experiment) -> Loaders:
     return data
 
 
-def _freeze_report(experiment: Experiment, model: Transformer) -> freeze.FreezeReport:
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    chosen = experiment.chosen_experts(model)
-    report = freeze.report(parameters(shapes), experiment.trainable, chosen)
-    if report.num_frozen:
-        _log.info("%s", report)
-    return report
-
-
 def _optimizer(experiment: Experiment, model: Transformer):
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     return experiment.build_optimizer(parameters(shapes))
@@ -170,10 +160,8 @@ class _Run:
         self._pace, self.ledger = Pace(), Ledger(Path(experiment.workdir), start)
         self.paused_by: str | None = None
 
-        tokens_per_step = experiment.batch_size * experiment.sequence_length
-        report = _freeze_report(experiment, model)
-        description = describe(model, tokens_per_step, experiment.sequence_length)
-        description |= {"name": name, "trainable": str(report)}
+        description = describe(experiment, model) | {"name": name}
+        tokens_per_step = description["tokens_per_step"]
         self._records.write("run", start, description)
         if start:
             self._records.write("event", start, {"event": "resumed"})

@@ -31,6 +31,7 @@ EXPIRED = 75  # "try again" in sysexits.h
 
 _PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _TICK = 0.2  # seconds after which the end of the child is noticed
+_ASKING_SECONDS = 30.0  # for the places of thousands of processes, from a slow file system
 
 
 def wanted(environment: Mapping[str, str]) -> bool:
@@ -124,7 +125,7 @@ class _Watchdog:
         if "folder" in self._beat:
             asking = threading.Thread(target=self._name_who_is_behind, daemon=True)
             asking.start()
-            asking.join(self._grace)
+            asking.join(_ASKING_SECONDS)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -16,11 +16,13 @@ from tests.launch.test_several_processes import STREAM
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "slurm.sh"
 STEPS = 40
-TRAIN = (
-    *(sys.executable, "-m", "moejax", "train", "configs/tiny.py:smoke"),
+MOEJAX = (sys.executable, "-m", "moejax")
+WORDS = (
+    *("train", "configs/tiny.py:smoke"),
     *("mesh.data=2", "mesh.expert=4", "batch_size=8", f"steps={STEPS}", "log_every=1"),
     *("checkpoint_every=0", "prompts=()"),
 )
+TRAIN = (*MOEJAX, *WORDS)
 
 
 def why_not():
@@ -79,14 +81,18 @@ class Job:
             assert time.monotonic() < deadline, f"{state}\n{self.output()}"
             time.sleep(0.2)
 
-    def start_again(self):
-        """Slurm lets a requeued job wait for two minutes; a test need not."""
-        deadline = time.monotonic() + 300
-        while self.fact("JobState") == "PENDING":
-            assert time.monotonic() < deadline
-            time.sleep(1)
-            command = ["scontrol", "update", f"JobId={self.number}", "StartTime=now"]
-            subprocess.run(command, check=False, capture_output=True, timeout=60)
+    def start_again(self, seconds=400):
+        """Waits until the job is back in the queue. There Slurm holds it for two minutes; a test
+        need not wait for that."""
+        deadline = time.monotonic() + seconds
+        while self.fact("Restarts") == "0" or self.fact("JobState") == "PENDING":
+            state = self.fact("JobState")
+            assert state in ("PENDING", "RUNNING", "COMPLETING"), f"{state}\n{self.output()}"
+            assert time.monotonic() < deadline, f"{state}\n{self.output()}"
+            if state == "PENDING":
+                command = ["scontrol", "update", f"JobId={self.number}", "StartTime=now"]
+                subprocess.run(command, check=False, capture_output=True, timeout=60)
+            time.sleep(0.5)
 
     def output(self):
         return self.log.read_text() if self.log.exists() else ""
@@ -137,7 +143,6 @@ def test_stopped_and_requeued_it_ends_bit_for_bit_as_the_uninterrupted_run(
             assert time.monotonic() < deadline, job.output()
             time.sleep(0.05)
         subprocess.run(["scancel", "--signal=TERM", job.number], check=True)
-        job.wait("PENDING")
         job.start_again()
         job.wait("COMPLETED")
         assert job.fact("Restarts") == "1"
@@ -148,6 +153,21 @@ def test_stopped_and_requeued_it_ends_bit_for_bit_as_the_uninterrupted_run(
     assert 5 <= resumed < STEPS
     assert losses(workdir) == losses(uninterrupted)
     assert sorted(losses(workdir)) == list(range(1, STEPS + 1))
+    assert fingerprints(workdir) == fingerprints(uninterrupted)
+
+
+def test_a_process_that_is_stuck_is_named_and_the_job_requeued(folder, environment, uninterrupted):
+    workdir = folder / "stuck"
+    planted = (sys.executable, ROOT / "tests" / "watchdog" / "planted.py", "data")
+    settings = {"MOEJAX_WATCHDOG": "data=30", "PLANT_PROCESS": "1"}
+    with Job(folder, environment | settings, *planted, *WORDS, f"workdir={workdir}") as job:
+        job.start_again()
+        job.wait("COMPLETED")
+        assert job.fact("Restarts") == "1"
+        output = job.output()
+    assert "in stuck_in_c" in output
+    assert "in phase 'data' of step 2, is behind" in output
+    assert "process 1 ended with status 75; back into the queue" in output
     assert fingerprints(workdir) == fingerprints(uninterrupted)
 
 
@@ -200,7 +220,6 @@ def test_what_is_worth_another_try_is_requeued(folder, environment, status, rest
     )
     with Job(folder, environment, "bash", "-c", code) as job:
         if restarts:
-            job.wait("PENDING")
             job.start_again()
             job.wait("COMPLETED")
         else:

@@ -1,5 +1,7 @@
 """`moejax` with a hang planted in one of its phases, in the process that PLANT_PROCESS names.
 
+A Slurm job that was requeued does not hang again.
+
 python tests/watchdog/planted.py PHASE train configs/tiny.py:smoke workdir=...
 """
 
@@ -42,7 +44,9 @@ def plant(phase):
 
 
 if __name__ == "__main__":
-    here = os.environ.get("MOEJAX_PROCESS_ID", "0") == os.environ.get("PLANT_PROCESS", "0")
+    process = os.environ.get("MOEJAX_PROCESS_ID") or os.environ.get("SLURM_PROCID", "0")
+    first = os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
+    here = first and process == os.environ.get("PLANT_PROCESS", "0")
     if here and "MOEJAX_WATCHDOG_PIPE" in os.environ:  # the child, not the watchdog itself
         if sys.argv[1] == "start":
             stuck_in_c()
