@@ -7,9 +7,8 @@ Command   moejax train configs/deepseek_v3.py:h100_512 data.train.path=DATA
           its weights stored in bfloat16 (the published ones are 8 bits wide and refused).
 Cost      the authors took 2.664M H800-hours, 54 days on 2,048 (arXiv 2412.19437, table 1); not run
           here
-Result    none here, and nothing was timed. `v5p_1024` was compiled and fits (`moejax plan`,
-          figures in docs/benchmarks.md); of the H100s it is known that sizes divide and that
-          parameters, gradients and moments fit, which tests/configs/test_topologies.py checks
+Result    none here, and nothing was timed. `v5p_1024` and `h100_512` were compiled and fit
+          (`moejax plan`; figures in docs/benchmarks.md)
 Numbers   architecture: config.json of deepseek-ai/DeepSeek-V3. Training: section 4.2 of the paper:
           14.8T tokens, AdamW, peak and lowest decayed learning rate, warm-up, clipping, rate of the
           selection bias, and the weight of the balance loss per sequence.

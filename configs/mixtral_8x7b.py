@@ -5,9 +5,8 @@ Command   moejax train configs/mixtral_8x7b.py:h100_64 data.train.path=DATA
           moejax train configs/mixtral_8x7b.py:tuning data.train.path=DATA
           DATA is a JSON Lines file, or a folder of them; Mixtral-8x7B-v0.1 is a downloaded folder.
 Cost      not published; not run here
-Result    none here, and nothing was timed. `v5p_128` was compiled and fits (`moejax plan`,
-          figures in docs/benchmarks.md); of the H100s it is known that sizes divide and that
-          parameters, gradients and moments fit, which tests/configs/test_topologies.py checks
+Result    none here, and nothing was timed. `v5p_128` and `h100_64` were compiled and fit
+          (`moejax plan`; figures in docs/benchmarks.md)
 Numbers   architecture: config.json of mistralai/Mixtral-8x7B-v0.1 (arXiv 2401.04088, table 1). The
           balance weight is its router_aux_loss_coef 0.02 times k = 2, because the loss that it
           weighs counts every choice of a token.

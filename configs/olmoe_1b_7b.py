@@ -5,9 +5,8 @@ Command   moejax train configs/olmoe_1b_7b.py:h100_64 data.train.path=DATA
           moejax train configs/olmoe_1b_7b.py:tuning data.train.path=DATA
           DATA is a JSON Lines file, or a folder of them; OLMoE-1B-7B-0924 is a downloaded folder.
 Cost      the authors took about 10 days on 256 H100 (appendix B); not run here
-Result    none here, and nothing was timed. `v5p_128` was compiled and fits (`moejax plan`,
-          figures in docs/benchmarks.md); of the H100s it is known that sizes divide and that
-          parameters, gradients and moments fit, which tests/configs/test_topologies.py checks
+Result    none here, and nothing was timed. `v5p_128` and `h100_64` were compiled and fit
+          (`moejax plan`; figures in docs/benchmarks.md)
 Numbers   architecture: config.json of allenai/OLMoE-1B-7B-0924. Training: arXiv 2409.02060, table
           10, its first 5,033B tokens. Both auxiliary losses are means over layers, as there.
 Ours      the balance loss is over the global batch (theirs: over a device's share of it), no decay

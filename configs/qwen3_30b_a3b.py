@@ -5,9 +5,8 @@ Command   moejax train configs/qwen3_30b_a3b.py:h100_64 data.train.path=DATA
           moejax train configs/qwen3_30b_a3b.py:tuning data.train.path=DATA
           DATA is a JSON Lines file, or a folder of them; Qwen3-30B-A3B is a downloaded folder.
 Cost      not published; not run here
-Result    none here, and nothing was timed. `v5p_128` was compiled and fits (`moejax plan`,
-          figures in docs/benchmarks.md); of the H100s it is known that sizes divide and that
-          parameters, gradients and moments fit, which tests/configs/test_topologies.py checks
+Result    none here, and nothing was timed. `v5p_128` and `h100_64` were compiled and fit
+          (`moejax plan`; figures in docs/benchmarks.md)
 Numbers   architecture: config.json of Qwen/Qwen3-30B-A3B. arXiv 2505.09388, section 3.2: 4,096
           positions and 30T tokens of the first stage, and balancing over the global batch. The
           balance weight is config.json's router_aux_loss_coef 0.001 times k = 8, because the loss

@@ -77,11 +77,15 @@ def test_reports_writes_and_compares(capsys, tmp_path):
     assert {c["kind"] for c in found["collectives"]} >= {"all-gather", "all-reduce", "all-to-all"}
     assert contract.read_text().startswith(f"# moejax plan {SMOKE} mesh.data=null mesh.fsdp=4 ")
 
-    contract.write_text(contract.read_text().replace("over fsdp (4): ", "over fsdp (4): 1"))
+    contract.write_text(
+        contract.read_text().replace(
+            "all-to-all over expert (2): ", "all-to-all over expert (2): 1"
+        )
+    )
     assert main(words) == 1
     said = capsys.readouterr().out
     assert "BREAKS ITS CONTRACT\n" in said
-    assert "\n  +all-gather over fsdp (4): " in said
+    assert "\n  +all-to-all over expert (2): " in said
 
 
 @pytest.mark.slow
