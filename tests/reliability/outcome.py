@@ -51,7 +51,7 @@ def digests(workdir: pathlib.Path, step: int) -> dict[str, str]:
     pid = os.fork()
     if not pid:
         try:
-            os.write(write, json.dumps(_digests(workdir, step)).encode())
+            os.write(write, json.dumps(read_digests(workdir, step)).encode())
             os._exit(0)
         except BaseException as error:
             os.write(write, json.dumps({"error": repr(error)[:1000]}).encode())
@@ -63,7 +63,8 @@ def digests(workdir: pathlib.Path, step: int) -> dict[str, str]:
     return found
 
 
-def _digests(workdir: pathlib.Path, step: int) -> dict[str, str]:
+def read_digests(workdir: pathlib.Path, step: int) -> dict[str, str]:
+    """`digests`, in this process."""
     import jax
     import numpy as np
     import orbax.checkpoint as ocp

@@ -24,7 +24,7 @@ from tests.reliability.file_events import FileEvents
 from tests.reliability.kills import AFTER_TWO_SAVES, Kill, plan
 
 STEPS = 12
-PATIENCE = 120.0  # seconds in which any session must end
+PATIENCE = 300.0  # seconds in which any session must end
 _MOST_PER_RUN = 12
 
 _OVERRIDES = (

@@ -43,7 +43,7 @@ def rig(folder, *, kills, seed, seconds):
 
 @pytest.mark.slow
 def test_twenty_kills_lose_nothing(tmp_path):
-    results = rig(tmp_path / "rig", kills=20, seed=20, seconds=600)
+    results = rig(tmp_path / "rig", kills=20, seed=20, seconds=1800)
     assert len(results) >= 17  # a file event or a time may lie beyond the end of its run
     assert any(result["before"] for result in results)  # some of them were restarts
 
@@ -52,4 +52,4 @@ def test_twenty_kills_lose_nothing(tmp_path):
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_two_hundred_kills_lose_nothing(tmp_path, seed):
     """At every place before and after every phase, at file events and at random times."""
-    assert len(rig(tmp_path / "rig", kills=80, seed=seed, seconds=3000)) >= 70
+    assert len(rig(tmp_path / "rig", kills=80, seed=seed, seconds=7200)) >= 70
