@@ -240,3 +240,22 @@ def test_gpus_without_gpus_is_an_error(folder, environment):
     with Job(folder, environment, "true", script_words=("gpus",)) as job:
         job.wait("FAILED")
         assert "--gpus-per-node" in job.output()
+
+
+def until(condition, seconds=100):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def test_a_cancelled_job_does_not_come_back_and_leaves_nothing(folder, environment):
+    with Job(folder, environment, "sleep", "600") as job:
+        job.wait("RUNNING")
+        left = ROOT / f".moejax-{job.number}.ended"
+        until(left.exists)
+        subprocess.run(["scancel", job.number], check=True)
+        until(lambda: not left.exists())
+        time.sleep(15)  # longer than Slurm waits before it kills
+        assert job.fact("JobState") == "CANCELLED"
+        assert job.fact("Restarts") == "0"
