@@ -44,6 +44,7 @@ fi
 
 ended=$PWD/.moejax-$SLURM_JOB_ID.ended # a line "PROCESS STATUS" for each that has ended, in order
 : >"$ended" || exit 1
+trap 'rm -f "$ended"' EXIT # also where the job is cancelled
 
 # One failure ends all. A stop is none: it would end the others while they leave. Signals are for
 # the command, not for the shell around it.
@@ -57,7 +58,6 @@ srun --kill-on-bad-exit=1 bash -c '
 ' task "$ended" "$STOPPED" "$@"
 status=$?
 first=$(grep -m 1 -v ' 0$' "$ended")
-rm -f "$ended"
 [[ -n $first ]] && status=${first#* }
 
 again() {

@@ -28,7 +28,11 @@ class Inspection:
 
 
 class RunStep:
-    """A `Step` that is compiled when it is first called. `start` steps were done before."""
+    """A `Step` that is compiled before its first call. `start` steps were done before.
+
+    One that is no jitted function is compiled by its first call, if at all, and has no program to
+    dump: UserError where that is asked for.
+    """
 
     def __init__(self, step: Step, inspection: Inspection, workdir: pathlib.Path, *, start: int):
         self._step, self._workdir, self._done, self._is_compiled = step, workdir, start, False
@@ -46,6 +50,10 @@ class RunStep:
         return self._step(state, batch)
 
     def _compile(self, state: TrainState, batch: Batch) -> None:
+        if not hasattr(self._step, "lower"):
+            if self._dump_hlo:
+                raise UserError("--dump-hlo: this run's step is a plain function, not a jitted one")
+            return
         lowered = self._step.lower(state, batch)
         compiled = lowered.compile()  # the call finds it: JAX keeps it with the lowered program
         if self._dump_hlo and processes.is_first():

@@ -79,6 +79,13 @@ def test_each_process_is_told_what_it_is(launch, tmp_path):
     assert address.startswith("127.0.0.1:")
 
 
+def test_the_watchdog_is_on_unless_it_is_turned_off(launch, monkeypatch):
+    monkeypatch.delenv("MOEJAX_WATCHDOG", raising=False)
+    assert ended(launch(1, 'echo "$MOEJAX_WATCHDOG"'))[1] == "on\n"
+    monkeypatch.setenv("MOEJAX_WATCHDOG", "off")
+    assert ended(launch(1, 'echo "$MOEJAX_WATCHDOG"'))[1] == "off\n"
+
+
 def test_a_clean_run_leaves_no_logs(launch, tmp_path):
     assert ended(launch(2, "true"))[0] == 0
     assert not list(tmp_path.iterdir())

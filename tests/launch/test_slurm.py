@@ -73,7 +73,7 @@ class Job:
         words = subprocess.check_output(command, text=True).split()
         return next(word.partition("=")[2] for word in words if word.startswith(f"{name}="))
 
-    def wait(self, *states, seconds=300):
+    def wait(self, *states, seconds=600):
         deadline = time.monotonic() + seconds
         while (state := self.fact("JobState")) not in states:
             ended = state in ("COMPLETED", "FAILED", "TIMEOUT", "NODE_FAIL", "CANCELLED")
@@ -81,17 +81,25 @@ class Job:
             assert time.monotonic() < deadline, f"{state}\n{self.output()}"
             time.sleep(0.2)
 
-    def start_again(self, seconds=400):
-        """Waits until the job is back in the queue. There Slurm holds it for two minutes; a test
-        need not wait for that."""
+    def wait_for_queue(self, seconds=400):
+        """Waits until the job is back in the queue, where Slurm holds it for two minutes."""
         deadline = time.monotonic() + seconds
-        while self.fact("Restarts") == "0" or self.fact("JobState") == "PENDING":
+        while self.fact("Restarts") == "0":
             state = self.fact("JobState")
             assert state in ("PENDING", "RUNNING", "COMPLETING"), f"{state}\n{self.output()}"
             assert time.monotonic() < deadline, f"{state}\n{self.output()}"
-            if state == "PENDING":
-                command = ["scontrol", "update", f"JobId={self.number}", "StartTime=now"]
-                subprocess.run(command, check=False, capture_output=True, timeout=60)
+            time.sleep(0.5)
+
+    def start_again(self):
+        """Like `wait_for_queue`, and shortens the two minutes.
+
+        Not after a step that was killed: Slurm may kill the new step, which has the same number,
+        a minute later once more.
+        """
+        self.wait_for_queue()
+        while self.fact("JobState") == "PENDING":
+            command = ["scontrol", "update", f"JobId={self.number}", "StartTime=now"]
+            subprocess.run(command, check=False, capture_output=True, timeout=60)
             time.sleep(0.5)
 
     def output(self):
@@ -161,8 +169,8 @@ def test_a_process_that_is_stuck_is_named_and_the_job_requeued(folder, environme
     planted = (sys.executable, ROOT / "tests" / "watchdog" / "planted.py", "data")
     settings = {"MOEJAX_WATCHDOG": "data=30", "PLANT_PROCESS": "1"}
     with Job(folder, environment | settings, *planted, *WORDS, f"workdir={workdir}") as job:
-        job.start_again()
-        job.wait("COMPLETED")
+        job.wait_for_queue()
+        job.wait("COMPLETED", seconds=900)
         assert job.fact("Restarts") == "1"
         output = job.output()
     assert "in stuck_in_c" in output
@@ -232,3 +240,22 @@ def test_gpus_without_gpus_is_an_error(folder, environment):
     with Job(folder, environment, "true", script_words=("gpus",)) as job:
         job.wait("FAILED")
         assert "--gpus-per-node" in job.output()
+
+
+def until(condition, seconds=100):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def test_a_cancelled_job_does_not_come_back_and_leaves_nothing(folder, environment):
+    with Job(folder, environment, "sleep", "600") as job:
+        job.wait("RUNNING")
+        left = ROOT / f".moejax-{job.number}.ended"
+        until(left.exists)
+        subprocess.run(["scancel", job.number], check=True)
+        until(lambda: not left.exists())
+        time.sleep(15)  # longer than Slurm waits before it kills
+        assert job.fact("JobState") == "CANCELLED"
+        assert job.fact("Restarts") == "0"

@@ -60,6 +60,19 @@ def test_the_program_is_dumped_lowered_and_compiled(tmp_path, told, compiled_tim
     assert "HloModule" in (tmp_path / "hlo" / "train_step.compiled.txt").read_text()
 
 
+def test_a_plain_function_is_called_as_it_is_and_cannot_be_dumped(tmp_path, told, unchecked):
+    def step(state, batch):
+        return state + batch, {}
+
+    with run_step.RunStep(step, Inspection(), tmp_path, start=0) as call:
+        assert call(1, 2) == (3, {})
+    with (
+        pytest.raises(UserError, match="plain function"),
+        run_step.RunStep(step, Inspection(dump_hlo=True), tmp_path, start=0) as call,
+    ):
+        call(1, 2)
+
+
 def test_where_the_dump_cannot_be_written_it_says_so(tmp_path, told, compiled_times):
     (tmp_path / "hlo").write_text("a file")
     with (
