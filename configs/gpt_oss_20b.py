@@ -7,9 +7,10 @@ Command   moejax train configs/gpt_oss_20b.py:h100_64 data.train.path=DATA
           DATA is a JSON Lines file, or a folder of them; gpt-oss-20b is a downloaded folder.
 Cost      the authors took 2.1M H100-hours for the large one and almost ten times fewer for this
           one, post-training included (arXiv 2508.10925, section 2.3); not run here
-Result    none here, and nothing was timed. `large_v5p_128` was compiled and fits (`moejax plan`,
-          figures in docs/benchmarks.md); of the others it is known that sizes divide and that
-          parameters, gradients and moments fit, which tests/configs/test_topologies.py checks
+Result    none here, and nothing was timed. `large_v5p_128` and `large_h100_64` were compiled and
+          fit (`moejax plan`; figures in docs/benchmarks.md); of gpt-oss-20b's it is known that
+          sizes divide and that parameters, gradients and moments fit
+          (tests/configs/test_topologies.py)
 Numbers   architecture: config.json of openai/gpt-oss-20b and gpt-oss-120b; they differ in layers
           and experts alone.
 Ours      everything else: nothing is published about data, batch, learning rate or balancing
