@@ -30,6 +30,7 @@ class Pace:
     def __init__(self) -> None:
         self._records, self._step, self._own, self._steps_seconds = 0, None, 0.0, 0.0
         self._before = math.nan  # seconds of a step in the window that is read next
+        self._mine = ""  # what this process has left of that window
         self._reported: tuple[int, float, int] | None = None
         self._warning: str | None = None
 
@@ -45,17 +46,20 @@ class Pace:
             self._step, self._own, self._steps_seconds = step, own, seconds
             return {}  # steps from before are not known, or the first one, which is like no other
         count = step - self._step
-        mine = [socket.gethostname(), (own - self._own) / count]
+        before, self._mine = (
+            self._mine,
+            json.dumps([socket.gethostname(), (own - self._own) / count]),
+        )
         per_step = (seconds - self._steps_seconds) / count
         self._step, self._own, self._steps_seconds = step, own, seconds
         self._records += 1
-        processes.publish(f"pace/{self._records}", json.dumps(mine))
-        before, self._before = self._before, per_step
+        processes.publish(f"pace/{self._records}", self._mine)
+        step_before, self._before = self._before, per_step
         if not processes.is_first() or self._records == 1:
             return {}
-        found = processes.take_published(f"pace/{self._records - 1}")
+        found = processes.take_published(f"pace/{self._records - 1}") | {0: before}
         works = {process: tuple(json.loads(text)) for process, text in found.items()}
-        self._warning = self._compare(works, before)
+        self._warning = self._compare(works, step_before)
         all_ = range(processes.num_processes())
         return {"own_work_ms": [1e3 * works[p][1] if p in works else math.nan for p in all_]}
 

@@ -42,7 +42,6 @@ T = TypeVar("T")
 # Numbers of the exchanges and barriers, the same in every process.
 _next_exchange = functools.partial(next, itertools.count())
 _next_barrier = functools.partial(next, itertools.count())
-_alone: dict[str, str] = {}  # what a process on its own has published
 
 
 # ---- joining and leaving -------------------------------------------------------------------------
@@ -197,17 +196,15 @@ def from_first(values: Sequence[int]) -> list[int]:
 
 
 def publish(place: str, mine: str) -> None:
-    """Leaves `mine` at a place that no process has used before. Waits for nobody."""
-    if num_processes() == 1:
-        _alone[place] = mine
-        return
-    _service().key_value_set(f"moejax/{place}/{index()}", mine)
+    """Leaves `mine` for the others, at a place of this process's own. Waits for nobody."""
+    if num_processes() > 1:
+        _service().key_value_set(f"moejax/{place}/{index()}", mine)
 
 
 def take_published(place: str) -> dict[int, str]:
     """What has been left at a place, by process, which empties it. Waits for nobody."""
     if num_processes() == 1:
-        return {0: _alone.pop(place)} if place in _alone else {}
+        return {}
     service = _service()
     found = service.key_value_dir_get(f"moejax/{place}/")
     service.key_value_delete(f"moejax/{place}/")
