@@ -27,6 +27,7 @@ shift
 
 STOPPED=85 EXPIRED=75 # of the watchdog: stopped in good order, and ended where it was stuck
 export MOEJAX_COORDINATOR=auto MOEJAX_WATCHDOG=${MOEJAX_WATCHDOG-on} MOEJAX_STOPPED_STATUS=$STOPPED
+export MOEJAX_GRACE=${MOEJAX_GRACE-180} # as --signal says above
 unset MOEJAX_NUM_PROCESSES MOEJAX_PROCESS_ID # Slurm knows them
 # srun takes sbatch's --cpus-per-task only from this variable, and gives one processor else.
 [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK

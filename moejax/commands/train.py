@@ -38,10 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--grace",
         type=float,
-        default=GRACE_SECONDS,
+        default=os.environ.get("MOEJAX_GRACE", GRACE_SECONDS),
         metavar="SECONDS",
-        help="how long whoever sends SIGTERM waits before it kills (default: %(default)g); a run "
-        "that comes to no checkpoint in nine tenths of that ends without one",
+        help="how long whoever sends SIGTERM waits before it kills (default: MOEJAX_GRACE, or "
+        f"{GRACE_SECONDS:g}); a run that comes to no checkpoint in nine tenths of that ends "
+        "without one",
     )
     parser.add_argument(
         "--profile",

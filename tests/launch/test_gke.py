@@ -103,6 +103,8 @@ def test_what_every_job_set_needs(name):
     assert pod["restartPolicy"] == "Never"  # or podFailurePolicy is refused
     assert document["spec"]["failurePolicy"]["maxRestarts"] > 0
     assert container["resources"]["limits"] == container["resources"]["requests"]
+    grace = float(environment(container)["MOEJAX_GRACE"])
+    assert grace == pod["terminationGracePeriodSeconds"]
 
 
 @pytest.mark.parametrize("name", FILES)

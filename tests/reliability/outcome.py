@@ -7,7 +7,7 @@ import pathlib
 import re
 
 CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"
-_TIMING = ("tokens_per_second", "model_flops_per_second", "peak_share")
+_TIMING = ("tokens_per_second", "model_flops_per_second", "peak_share", "own_work_ms")
 _LEFTOVER = re.compile(r".*(orbax-checkpoint-tmp.*|\.deleting|\.partial)|\.building-.*")
 
 
