@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import collections
 import pathlib
 import re
 from collections.abc import Iterator
@@ -118,6 +119,12 @@ def test_files_are_short():
 def test_files_are_named_after_what_they_do():
     vague = {"utils", "util", "common", "base", "helpers", "misc", "v2"}
     assert not [named(p) for p in SOURCES if p.stem in vague]
+
+
+def test_no_two_test_files_have_one_name():
+    """pytest could not tell them apart, and would run neither."""
+    names = collections.Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert not [name for name, count in names.items() if count > 1]
 
 
 # The interface of a command, explained once in moejax/commands/__init__.py.

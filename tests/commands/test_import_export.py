@@ -77,6 +77,7 @@ def test_every_architecture_goes_through(name, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_overrides_reach_inside_the_model_that_was_given(published, tmp_path, capsys):
     words = ["model.boundaries=[1]", 'trainable=["layers_1/*/router/*"]', f"init_from={published}"]
     assert main(["train", TUNING, *words, f"workdir={tmp_path / 'run'}", *QUICK]) == 0
@@ -90,6 +91,7 @@ def test_overrides_reach_inside_the_model_that_was_given(published, tmp_path, ca
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_what_lora_added_is_merged_on_export(published, tmp_path):
     run, out = tmp_path / "run", tmp_path / "merged"
     words = [f"init_from={published}", f"workdir={run}", "optimizer.schedule.peak=0.1", *QUICK]

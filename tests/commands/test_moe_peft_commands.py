@@ -49,6 +49,7 @@ def test_a_mixture_is_imported_with_its_base_and_exported_again(tmp_path, capsys
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_training_goes_on_with_a_mixture(published, tmp_path, monkeypatch):
     monkeypatch.setenv("MOEJAX_CACHE", str(tmp_path / "cache"))
     given = adapter(tmp_path / "adapter", "MOLA", ("self_attn.q_proj",), router_loss=True)

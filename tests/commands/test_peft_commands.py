@@ -66,6 +66,7 @@ def test_an_adapter_that_was_trained_here_is_imported_with_its_base(folders, pub
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_training_goes_on_with_the_adapter_of_the_folder(folders, published, tmp_path, capsys):
     start = tmp_path / "imported"
     words = [str(published), str(start), "--adapter", str(folders / "adapter")]
@@ -90,6 +91,7 @@ def test_another_adapter_than_the_folders_is_an_error(folders, tmp_path, capsys)
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_what_a_run_trained_besides_is_not_lost(folders, published, tmp_path, capsys):
     words = [f"init_from={published}", f"workdir={tmp_path / 'run'}", *FAST]
     patterns = 'trainable=["lora/*", "*/router/*"]'

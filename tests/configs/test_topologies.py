@@ -1,7 +1,7 @@
 """Configs named after machines: their sizes divide, and what they must hold fits.
 
-Nothing here is compiled for those machines; `tests/planning/test_contracts.py` does that, and says
-which of them fit with their activations.
+Nothing here is compiled for those machines; `tests/planning/test_plan_contracts.py` does that, and
+says which of them fit with their activations.
 """
 
 import functools

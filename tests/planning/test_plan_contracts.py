@@ -1,6 +1,6 @@
 """Every shipped contract is kept, and a broken one shows how, line by line.
 
-`MOEJAX_UPDATE_CONTRACTS=1 pytest tests/planning/test_contracts.py` rewrites those of simulated
+`MOEJAX_UPDATE_CONTRACTS=1 pytest tests/planning/test_plan_contracts.py` rewrites those of simulated
 devices (with the compiler's settings of the tests); read the diff. The others: `moejax plan` with
 `--update-contract`, as their first line says.
 """
