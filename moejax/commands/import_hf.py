@@ -16,6 +16,7 @@ PEFT knows no mixtures, so that those cannot be checked.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import itertools
 import pathlib
 import time
@@ -45,6 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+# Parameters of glibc's mallopt, from malloc.h, with values that keep what was freed for the next
+# slice. Pages that the system must find and clear anew cost as much time as turning the matrices.
+_KEEP_FREED = {-1: 2**31 - 1, -3: 2**30, -8: 1}  # trim and mmap thresholds in bytes, arenas
+
+
 class _DisagreementError(Exception):
     """What was imported computes other logits; raised so that OUT is not made."""
 
@@ -70,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
     if args.check:
         logit_check.require_transformers(*(["peft"] if args.adapter else []))
     started = time.monotonic()
+    _keep_freed_memory()
     source, out = pathlib.Path(args.source), pathlib.Path(args.out)
     config = hf.model_config(source)
     model, leaves = hf.stored(source)
@@ -103,6 +110,13 @@ def run(args: argparse.Namespace) -> int:
     print(f"train {what} on your own text:")
     print(f"  moejax train configs/router_tuning.py init_from={out}{trainable}")
     return 0
+
+
+def _keep_freed_memory() -> None:
+    set_parameter = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_parameter is not None:
+        for parameter, value in _KEEP_FREED.items():
+            set_parameter(parameter, value)
 
 
 def _next(model: Transformer) -> tuple[str, str]:

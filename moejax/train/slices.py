@@ -12,6 +12,7 @@ import json
 import math
 import os
 import pathlib
+import threading
 from collections.abc import Iterable, Mapping
 from concurrent import futures
 from typing import Any, Protocol, runtime_checkable
@@ -28,8 +29,9 @@ STATE, MANIFEST = "state", "manifest/manifest.json"
 Index = tuple[int, ...]  # along the first axes
 
 _SLICE_BYTES = 32 * 2**20
-_NUM_THREADS = 4  # each has one slice in memory; some wait for the disk while others compute
-_FILE_BYTES = 256 * 2**20  # of one file of the store; what is not yet in a file is in memory
+_NUM_THREADS = 3  # each makes one slice; some wait for the disk while others compute
+_IN_FLIGHT_BYTES = 256 * 2**20  # of slices that are made and not yet written
+_FILE_BYTES = 256 * 2**20  # of one file of the store
 
 
 @runtime_checkable
@@ -48,18 +50,20 @@ def write_checkpoint(
 ) -> int:
     """A checkpoint of `leaves` in the new folder `directory`, as `Checkpointer.save` writes one.
 
-    Returns the number of bytes. A few slices of about 32 MB are in memory at a time; a leaf without
-    layers or experts is one slice, whatever its size.
+    Returns the number of bytes. About 400 MB are in memory at a time, in slices of at most 32 MB; a
+    leaf without layers or experts is one slice, whatever its size.
     """
     # Files reach the disk once, at the end, and not after every slice.
     context = ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": False})
     described: dict[str, Leaf] = {}
+    writes = _Writes(_IN_FLIGHT_BYTES)
     with futures.ThreadPoolExecutor(_NUM_THREADS) as threads:
         for leaf in leaves:
             depth = _depth(leaf)
             array = _open(directory / STATE, leaf.path, context, create=_zarr(leaf, depth))
-            write = functools.partial(_write_slice, leaf, array)
+            write = functools.partial(_write_slice, leaf, array, writes)
             words = sum(threads.map(write, np.ndindex(leaf.shape[:depth])), np.zeros(2, np.uint32))
+            writes.wait()
             described[leaf.path] = Leaf(
                 shape=leaf.shape, dtype=str(leaf.dtype), fingerprint=digits(words)
             )
@@ -106,13 +110,58 @@ def _words(values: np.ndarray, index: Index, shape: tuple[int, ...]) -> np.ndarr
     return run_words(values, row * math.prod(shape[len(index) :]))
 
 
-def _write_slice(leaf: SourceLeaf, array: ts.TensorStore, index: Index) -> np.ndarray:
-    """Writes `leaf[index]`; returns what it adds to the words of the leaf's fingerprint."""
+class _Writes:
+    """Writes that go on while slices are made, of so many bytes at a time.
+
+    One commit of the store takes all that has come since the last, so whoever waited for its own
+    slice would leave the processor idle.
+    """
+
+    def __init__(self, limit: int):
+        self._limit, self._bytes = limit, 0
+        self._changed = threading.Condition()
+        self._error: BaseException | None = None
+
+    def start(self, array: Any, values: np.ndarray) -> None:
+        """Writes `values` to all of `array`, of TensorStore; nobody may change them any more.
+
+        Waits first while too much is going on; raises the error of an earlier write.
+        """
+        with self._changed:
+            fits = lambda: not self._bytes or self._bytes + values.nbytes <= self._limit
+            self._changed.wait_for(lambda: self._error or fits())
+            if self._error:
+                raise self._error
+            self._bytes += values.nbytes
+        try:
+            written = array.write(values, can_reference_source_data_indefinitely=True)
+        except BaseException as error:
+            self._end(values.nbytes, error)
+            raise
+        num_bytes = values.nbytes  # the callback must not hold the values
+        written.add_done_callback(lambda done: self._end(num_bytes, done.exception()))
+
+    def wait(self) -> None:
+        """Until all that was started is written; raises the first error."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._bytes)
+            if self._error:
+                raise self._error
+
+    def _end(self, num_bytes: int, error: BaseException | None) -> None:
+        with self._changed:
+            self._bytes -= num_bytes
+            self._error = self._error or error
+            self._changed.notify_all()
+
+
+def _write_slice(
+    leaf: SourceLeaf, array: ts.TensorStore, writes: _Writes, index: Index
+) -> np.ndarray:
+    """Starts to write `leaf[index]`; returns what it adds to the words of the fingerprint."""
     values = leaf[index]
-    written = array[index].write(values)
-    words = _words(values, index, leaf.shape)
-    written.result()
-    return words
+    writes.start(array[index], values)
+    return _words(values, index, leaf.shape)
 
 
 def _to_disk(directory: pathlib.Path) -> None:

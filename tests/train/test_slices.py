@@ -1,12 +1,15 @@
 """Checkpoints that are written and read slice by slice."""
 
 import pathlib
+import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import tensorstore as ts
 
 from moejax.errors import UserError
 from moejax.train import fingerprint, slices
@@ -112,3 +115,69 @@ def test_words_of_runs_add_up_to_the_fingerprint(monkeypatch, dtype, block):
     for parts in (values.reshape(1, -1), values.reshape(3, -1), values.reshape(12, -1)):
         words = sum(run_words(x, i * x.size) for i, x in enumerate(parts))
         assert digits(words.astype(np.uint32)) == whole
+
+
+class _Slow:
+    """An array whose writes end when the test says so."""
+
+    def __init__(self):
+        self.promises = []
+
+    def write(self, values, **_):
+        promise, future = ts.Promise.new()
+        self.promises.append(promise)
+        return future
+
+
+def test_no_more_bytes_are_in_flight_than_allowed():
+    array, writes = _Slow(), slices._Writes(limit=20)
+    for _ in range(2):
+        writes.start(array, np.zeros(10, np.uint8))
+    third = threading.Thread(target=writes.start, args=(array, np.zeros(15, np.uint8)))
+    third.start()
+    array.promises[0].set_result(None)
+    third.join(timeout=0.2)
+    assert third.is_alive()
+    assert len(array.promises) == 2
+    array.promises[1].set_result(None)
+    third.join(timeout=10)
+    assert len(array.promises) == 3
+    waiting = threading.Thread(target=writes.wait)
+    waiting.start()
+    waiting.join(timeout=0.2)
+    assert waiting.is_alive()
+    array.promises[2].set_result(None)
+    waiting.join(timeout=10)
+    assert not waiting.is_alive()
+
+
+def test_a_slice_above_the_limit_is_written_alone():
+    array, writes = _Slow(), slices._Writes(limit=5)
+    writes.start(array, np.zeros(50, np.uint8))
+    assert len(array.promises) == 1
+
+
+def test_a_write_that_failed_stops_the_next_and_the_wait():
+    array, writes = _Slow(), slices._Writes(limit=20)
+    writes.start(array, np.zeros(10, np.uint8))
+    array.promises[0].set_exception(OSError("no space left"))
+    with pytest.raises(OSError, match="no space left"):
+        writes.start(array, np.zeros(10, np.uint8))
+    with pytest.raises(OSError, match="no space left"):
+        writes.wait()
+
+
+def test_a_checkpoint_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(slices, "_SLICE_BYTES", 300)
+    opened = slices._open
+
+    def in_the_way(state, path, context, create=None):
+        array = opened(state, path, context, create)
+        shutil.rmtree(state)
+        state.touch()  # a file where the folder was
+        return array
+
+    monkeypatch.setattr(slices, "_open", in_the_way)
+    with pytest.raises(ValueError, match="Error writing"):
+        write_checkpoint(tmp_path / "step", leaves()[:1], step=0, extra={})
+    assert not (tmp_path / "step" / "manifest").exists()
