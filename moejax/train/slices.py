@@ -36,7 +36,7 @@ _FILE_BYTES = 256 * 2**20  # of one file of the store
 
 @runtime_checkable
 class SourceLeaf(Protocol):
-    """An array that is read in slices."""
+    """An array that is read in slices, which nobody changes after they were read."""
 
     path: str
     shape: tuple[int, ...]
@@ -50,8 +50,9 @@ def write_checkpoint(
 ) -> int:
     """A checkpoint of `leaves` in the new folder `directory`, as `Checkpointer.save` writes one.
 
-    Returns the number of bytes. About 400 MB are in memory at a time, in slices of at most 32 MB; a
-    leaf without layers or experts is one slice, whatever its size.
+    Returns the number of bytes. In memory are `_IN_FLIGHT_BYTES` that are not yet written, and a
+    slice of at most `_SLICE_BYTES` for each thread; a leaf without layers or experts is one slice,
+    whatever its size.
     """
     # Files reach the disk once, at the end, and not after every slice.
     context = ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": False})

@@ -58,7 +58,7 @@ def test_pairs_are_read_and_written_bit_for_bit():
     assert (ours.T.view(np.uint16) != bits).any()
 
 
-@pytest.mark.parametrize("shape", [(300, 7), (2, 130, 257), (1101, 300), (3,)])
+@pytest.mark.parametrize("shape", [(300, 7), (2, 130, 257), (1101, 300), (3, 2), (300, 1), (3,)])
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32])
 def test_copies_keep_every_bit(shape, dtype):
     bits = np.dtype(f"u{np.dtype(dtype).itemsize}")
