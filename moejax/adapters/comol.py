@@ -15,7 +15,7 @@ from flax.linen import initializers
 from jaxtyping import Array, Float
 
 from moejax.adapters.mixed import MixedLinear
-from moejax.kernels import compat
+from moejax.kernels import mixed_precision
 from moejax.layers.adapter_leaf import adapter_leaf
 from moejax.layers.dropout import dropout
 from moejax.layers.linear import set_by_owner
@@ -63,17 +63,16 @@ class CoreBank(nn.Module):
 
     def down(self, x: Float[Array, "B S K"], context: Context) -> Float[Array, "B S r"]:
         """x A."""
-        return compat.matmul(dropout(x, self.dropout, context, self.path), self.a.astype(x.dtype))
+        return mixed_precision.matmul(dropout(x, self.dropout, context, self.path), self.a)
 
     def up(
         self, inner: Float[Array, "B S r"], weights: Float[Array, "B s E"]
     ) -> Float[Array, "B S N"]:
         """s inner (sum_e w_e M_e) B."""
-        dtype = inner.dtype
-        cores = self.cores.astype(dtype).reshape(-1, self.rank)
+        cores = self.cores.reshape(-1, self.rank)
         mix = jax.checkpoint(_mixed, prevent_cse=False)  # or x A would be kept E times
-        mixed = mix(inner, weights.astype(dtype), cores)
-        return (self.alpha / self.rank) * compat.matmul(mixed, self.b.astype(dtype))
+        mixed = mix(inner, weights.astype(inner.dtype), cores)
+        return (self.alpha / self.rank) * mixed_precision.matmul(mixed, self.b)
 
     def delta(
         self,
@@ -94,7 +93,7 @@ class CoreBank(nn.Module):
 
 def _mixed(inner: Array, weights: Array, cores: Array) -> Array:
     gated = inner[..., None, :] * weights[..., None]  # [B, S, E, r]
-    return compat.matmul(gated.reshape(*inner.shape[:2], -1), cores)
+    return mixed_precision.matmul(gated.reshape(*inner.shape[:2], -1), cores)
 
 
 class InputRoutedCoreBank(CoreBank):

@@ -14,7 +14,7 @@ from flax.linen import initializers
 from jaxtyping import Array, Float
 
 from moejax.errors import UserError
-from moejax.kernels import compat
+from moejax.kernels import mixed_precision
 from moejax.layers.adapter_leaf import adapter_leaf, adapter_value
 from moejax.layers.dropout import dropout
 from moejax.layers.linear import Linear, is_target, set_by_owner
@@ -55,10 +55,10 @@ class LoRA(Linear):
         self._check()
         into, out_of = self.axes
         down, up = (x.shape[-1], self.rank), (self.rank, self.features)
-        a = adapter_leaf(self, "a", _uniform, down, (into, None)).astype(x.dtype)
-        b = adapter_leaf(self, "b", initializers.zeros, up, (None, out_of)).astype(x.dtype)
-        inner = compat.matmul(dropout(x, self.dropout, context, self.path), a)
-        return y + self.scale * compat.matmul(inner, b)
+        a = adapter_leaf(self, "a", _uniform, down, (into, None))
+        b = adapter_leaf(self, "b", initializers.zeros, up, (None, out_of))
+        inner = mixed_precision.matmul(dropout(x, self.dropout, context, self.path), a)
+        return y + self.scale * mixed_precision.matmul(inner, b)
 
     def matrix(self, dtype: Any) -> Float[Array, "K N"]:
         """W + s A B."""
@@ -66,7 +66,7 @@ class LoRA(Linear):
         if not is_target(self):
             return base
         a, b = (adapter_value(self, name).astype(dtype) for name in ("a", "b"))
-        return base + self.scale * compat.matmul(a, b)
+        return base + self.scale * mixed_precision.matmul(a, b)
 
     def _check(self) -> None:
         if self.rank < 1:

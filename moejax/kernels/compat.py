@@ -50,22 +50,6 @@ def zeros(shape: tuple[int, ...], dtype: Any, *, like: Array) -> Array:
     return vary_over(jnp.zeros(shape, dtype), tuple(varying_axes(like)))
 
 
-def matmul(x: Array, w: Array, *, preferred_element_type: Any = None) -> Array:
-    """`x w` for `x` `[..., K]` and `w` `[K, N]`.
-
-    On CPU the leading axes become one: for the gradient of `w` XLA otherwise writes a transposed
-    copy of the cotangent, and computes whatever produced it a second time for that copy (attention
-    layers ran 1.17 to 1.20 times as long). Elsewhere they stay, because merging two sharded axes
-    would gather them.
-    """
-    multiply = functools.partial(jnp.matmul, preferred_element_type=preferred_element_type)
-    if x.ndim <= 2 or target_platform() != "cpu":
-        return multiply(x, w)
-    flat = lambda x, w: multiply(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], -1)
-    # Else every product would keep a flat copy of an x that others keep too.
-    return jax.checkpoint(flat, prevent_cse=False)(x, w)
-
-
 _interpretation: contextvars.ContextVar[Any] = contextvars.ContextVar(
     "interpretation", default=None
 )

@@ -109,11 +109,12 @@ def _choose(found, available, products, obstacle, portable) -> tuple[str, ...]:
 
 def _advise(what: str, portable: Portable, device_kind: str) -> None:
     """Warns that `COMMAND` may find something faster."""
-    known = "other versions" if accepted.is_stale(device_kind) else "no version"
+    stale = accepted.is_stale(device_kind)
+    known = "only other versions of them were" if stale else "none has been"
     _announce(
         logging.WARNING,
-        f"{what}: {portable.reason}. Faster kernels may exist, but {known} of them were "
-        f"accepted on such a device; run {COMMAND} there",
+        f"{what}: {portable.reason}. Faster kernels may exist, but {known} accepted "
+        f"on such a device; run {COMMAND} there",
     )
 
 

@@ -16,7 +16,7 @@ from flax.linen import initializers
 from jaxtyping import Array, Float
 
 from moejax.errors import UserError
-from moejax.kernels import compat
+from moejax.kernels import mixed_precision
 from moejax.types import Context
 
 fan_in_normal = initializers.variance_scaling(1.0, "fan_in", "normal")
@@ -46,10 +46,11 @@ class Linear(nn.Module):
     def __call__(self, x: Float[Array, "... K"], context: Context) -> Float[Array, "... N"]:
         init = nn.with_logical_partitioning(self.kernel_init, self.axes)
         kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
-        y = compat.matmul(x, kernel.astype(x.dtype))
+        y = mixed_precision.matmul(x, kernel)
         if self.use_bias:
             zeros = nn.with_logical_partitioning(initializers.zeros, self.axes[1:])
-            y = y + self.param("bias", zeros, (self.features,), jnp.float32).astype(x.dtype)
+            bias = self.param("bias", zeros, (self.features,), jnp.float32)
+            y = mixed_precision.add_bias(y, bias)
         return y
 
     def matrix(self, dtype: Any) -> Float[Array, "K N"]:

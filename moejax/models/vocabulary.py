@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from moejax.kernels import compat
+from moejax.kernels import mixed_precision
 from moejax.models.output import Variables
 from moejax.parallel.sharding import constrain
 from moejax.types import at_least_f32
@@ -18,8 +19,31 @@ def embedded(
     params: Variables, tokens: Int[ArrayLike, "B S"], *, dtype: Any
 ) -> Float[Array, "B S D"]:
     """The embeddings of the ids; NaN for an id of V or more, never another token's embedding."""
-    embedding = constrain(params["embed"]["embedding"].astype(dtype), "vocab", "whole")
-    return embedding.at[tokens].get(mode="fill", fill_value=jnp.nan)
+    return _rows(jnp.dtype(dtype), params["embed"]["embedding"], jnp.asarray(tokens))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rows(dtype: Any, embedding: Array, tokens: Array) -> Array:
+    table = constrain(embedding.astype(dtype), "vocab", "whole")
+    return table.at[tokens].get(mode="fill", fill_value=jnp.nan)
+
+
+def _rows_fwd(dtype, embedding, tokens):
+    empty = jnp.zeros((0, embedding.shape[0]), embedding.dtype)  # its length and dtype
+    return _rows(dtype, embedding, tokens), (empty, tokens)
+
+
+def _rows_bwd(dtype, residuals, gradient):
+    # In bfloat16 the sum over a token's occurrences would stop growing at a few hundred of them.
+    del dtype
+    empty, tokens = residuals
+    wide = at_least_f32(empty.dtype)
+    total = jnp.zeros((empty.shape[1], gradient.shape[-1]), wide)
+    total = total.at[tokens].add(gradient.astype(wide), mode="drop")
+    return constrain(total, "vocab", "whole").astype(empty.dtype), None
+
+
+_rows.defvjp(_rows_fwd, _rows_bwd)
 
 
 def logits(
@@ -33,8 +57,8 @@ def logits(
     head = params["embed"]["embedding"].T if tied else params["head"]["kernel"]
     dtype = at_least_f32(x.dtype)
     # Both gradients before anything else: the logits' is large and is not kept for later.
-    x, head = jax.lax.optimization_barrier((x, head.astype(x.dtype)))
-    out = compat.matmul(x, head, preferred_element_type=dtype)
+    x, head = jax.lax.optimization_barrier((x, head))
+    out = mixed_precision.matmul(x, head, preferred_element_type=dtype)
     if "bias" in params.get("head", {}):
         out = out + params["head"]["bias"].astype(dtype)
     out = constrain(out, "batch", "sequence", "vocab")

@@ -17,7 +17,7 @@ from flax.linen import initializers
 from jaxtyping import Array, Float
 
 from moejax.errors import UserError
-from moejax.kernels import compat
+from moejax.kernels import mixed_precision
 from moejax.layers.adapter_leaf import adapter_leaf
 from moejax.layers.dropout import dropout
 from moejax.layers.linear import set_by_owner
@@ -72,15 +72,15 @@ class LoRABank(nn.Module):
 
     def down(self, x: Float[Array, "B S K"], context: Context) -> Float[Array, "B S E r"]:
         """x A_e for every adapter."""
-        a = self.a.astype(x.dtype).transpose(1, 0, 2).reshape(self.d_in, -1)
-        inner = compat.matmul(dropout(x, self.dropout, context, self.path), a)
+        a = self.a.transpose(1, 0, 2).reshape(self.d_in, -1)
+        inner = mixed_precision.matmul(dropout(x, self.dropout, context, self.path), a)
         return inner.reshape(*x.shape[:-1], self.num_adapters, self.rank)
 
     def up(
         self, inner: Float[Array, "B S E r"], weights: Float[Array, "B s E"]
     ) -> Float[Array, "B S N"]:
         """s sum_e w_e inner_e B_e."""
-        b = self.b.astype(inner.dtype).reshape(-1, self.d_out)
+        b = self.b.reshape(-1, self.d_out)
         # What is kept for the gradients is `inner` and the weights, not their product.
         product = jax.checkpoint(_gated_product, prevent_cse=False)
         return self.scale * product(inner, weights.astype(inner.dtype), b)
@@ -108,14 +108,14 @@ class LoRABank(nn.Module):
     def merged(self, weights: Float[Array, " E"]) -> Float[Array, "K N"]:
         """The one matrix that weights which all tokens share stand for."""
         gated = self.b * (self.scale * weights)[:, None, None]
-        return compat.matmul(
+        return mixed_precision.matmul(
             self.a.transpose(1, 0, 2).reshape(self.d_in, -1), gated.reshape(-1, self.d_out)
         )
 
 
 def _gated_product(inner: Array, weights: Array, b: Array) -> Array:
     gated = inner * weights[..., None]
-    return compat.matmul(gated.reshape(*inner.shape[:2], -1), b)
+    return mixed_precision.matmul(gated.reshape(*inner.shape[:2], -1), b)
 
 
 class RsLoRABank(LoRABank):

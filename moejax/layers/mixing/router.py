@@ -16,7 +16,7 @@ from flax.linen import initializers
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.errors import UserError
-from moejax.kernels import compat
+from moejax.kernels import mixed_precision
 from moejax.layers.adapter_leaf import adapter_leaf
 from moejax.layers.linear import set_by_owner
 from moejax.layers.mixing.granularity import Token
@@ -64,7 +64,7 @@ class Gate(nn.Module):
         seen = seen.astype(at_least_f32(seen.dtype))
         shape = (seen.shape[-1], self.num_adapters)
         kernel = adapter_leaf(self, "kernel", self.init_kernel, shape, (None, None))
-        return compat.matmul(seen, kernel.astype(seen.dtype))
+        return mixed_precision.matmul(seen, kernel)
 
 
 class Softmax(Router):
