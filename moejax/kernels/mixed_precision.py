@@ -39,17 +39,18 @@ def _matmul(dtype: Any, x: Array, w: Array) -> Array:
 
 
 def _matmul_fwd(dtype, x, w):
-    saved = (x.value if w.perturbed else None, w.value if x.perturbed else None)
-    # Empty arrays stand for the dtypes, which are no values that could be kept.
-    empty = tuple(compat.zeros((0,), v.value.dtype, like=v.value) for v in (x, w))
-    return _matmul(dtype, x.value, w.value), (saved, empty)
+    # The rounded w is kept, as the product has it: rounded again it would be gathered again, too.
+    rounded = w.value.astype(x.value.dtype)
+    y = _product(x.value, rounded, 0, dtype)
+    empty = compat.zeros((0,), w.value.dtype, like=w.value)  # its dtype
+    return y, (x.value if w.perturbed else None, rounded if x.perturbed else None, empty)
 
 
 def _matmul_bwd(dtype, residuals, g):
     del dtype
-    (x, w), (empty_x, empty_w) = residuals
-    dx = None if w is None else _product(g, w.astype(empty_x.dtype), 1, empty_x.dtype)
-    dw = None if x is None else _outer(x, g, at_least_f32(empty_w.dtype)).astype(empty_w.dtype)
+    x, w, empty = residuals
+    dx = None if w is None else _product(g, w, 1, w.dtype)
+    dw = None if x is None else _outer(x, g, at_least_f32(empty.dtype)).astype(empty.dtype)
     return dx, dw
 
 
