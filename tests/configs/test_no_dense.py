@@ -80,8 +80,9 @@ def lowered_step(config, platform: str) -> str:
 def sizes(config) -> tuple[set[int], set[int], int]:
     """(numbers of rows, widths, experts) of the MoE layers, in one microbatch."""
     moe = config.model.block.ffn
-    tokens = config.batch_size * config.sequence_length
-    tokens //= build_config(config).num_microbatches
+    experiment = build_config(config)
+    tokens = config.batch_size * config.sequence_length // experiment.num_microbatches
+    tokens *= getattr(experiment.objective, "num_draws", 1)  # forward passes side by side
     return (
         {tokens, tokens * moe.router.k},
         {config.model.d_model, moe.experts.d_ff},
@@ -101,8 +102,14 @@ def dense_operations(program: str, config, platform: str) -> list[str]:
         spellings.add(tuple(sorted((experts, n // top_k, top_k, w))))
     # Stacked weights of that many layers, or of one, may happen to have such a shape.
     model = build_config(config).build_model(VOCABULARY)
-    for leaf in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0))):
+    variables = jax.eval_shape(model.init, jax.random.key(0))
+    for leaf in jax.tree.leaves(variables):
         spellings -= {tuple(sorted(leaf.shape)), tuple(sorted(leaf.shape[1:]))}
+    # So may tokens in the rank space of a mixture's A adapters `[A, in, rank]`.
+    for leaf in jax.tree.leaves(variables.get("lora", {})):
+        if leaf.ndim > 2:
+            ranks = leaf.shape[-3] * leaf.shape[-1]
+            spellings -= {tuple(sorted((n, ranks))) for n in rows}
     found = []
     for line in program.splitlines():
         operation = re.search(r'^\s*%\S+ = "?([a-z]\w*\.\w+)', line)
