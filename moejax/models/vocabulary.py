@@ -18,14 +18,14 @@ from moejax.types import at_least_f32
 def embedded(
     params: Variables, tokens: Int[ArrayLike, "B S"], *, dtype: Any
 ) -> Float[Array, "B S D"]:
-    """The embeddings of the ids; NaN for an id of V or more, never another token's embedding."""
+    """The embeddings of the ids; NaN for one below 0 or of V or more, never another token's."""
     return _rows(jnp.dtype(dtype), params["embed"]["embedding"], jnp.asarray(tokens))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _rows(dtype: Any, embedding: Array, tokens: Array) -> Array:
     table = constrain(embedding.astype(dtype), "vocab", "whole")
-    return table.at[tokens].get(mode="fill", fill_value=jnp.nan)
+    return table.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 def _rows_fwd(dtype, embedding, tokens):
@@ -39,7 +39,8 @@ def _rows_bwd(dtype, residuals, gradient):
     empty, tokens = residuals
     wide = at_least_f32(empty.dtype)
     total = jnp.zeros((empty.shape[1], gradient.shape[-1]), wide)
-    total = total.at[tokens].add(gradient.astype(wide), mode="drop")
+    add = total.at[tokens].add
+    total = add(gradient.astype(wide), mode="drop", wrap_negative_indices=False)
     return constrain(total, "vocab", "whole").astype(empty.dtype), None
 
 

@@ -185,3 +185,12 @@ def test_routing_by_task_without_task_ids_is_refused():
     module, variables, _ = built(router=Softmax(granularity=Task(num_tasks=3)))
     with pytest.raises(UserError, match="routes by task, and no task ids were given"):
         module.apply(variables, X, CONTEXT.replace(task_ids=None))
+
+
+@pytest.mark.parametrize("unknown", [-1, 3])
+def test_a_task_that_the_router_does_not_know_is_nan_and_no_other_task(unknown):
+    module, variables, _ = built(router=Softmax(granularity=Task(num_tasks=3)))
+    tasks = jnp.full(X.shape[:2], 2).at[0].set(unknown)
+    y = module.apply(variables, X, CONTEXT.replace(task_ids=tasks))
+    assert jnp.isnan(y[0]).all()
+    assert jnp.isfinite(y[1:]).all()

@@ -66,6 +66,18 @@ def test_value_and_gradients(implementation, offset, transpose_rhs):
 
 
 @pytest.mark.parametrize("implementation", PORTABLE)
+def test_a_group_before_the_first_is_empty_and_not_the_last(implementation):
+    lhs, rhs, dout = operands("float32", 3)
+    out, dlhs, drhs = compiled(implementation, False, True)(
+        lhs, rhs, jnp.asarray(SIZES), jnp.int32(-1), dout
+    )
+    want = definition(lhs, rhs[1:], SIZES, dout, group_offset=0)
+    for a, b in zip((out, dlhs, drhs[1:]), want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(drhs[0], 0)
+
+
+@pytest.mark.parametrize("implementation", PORTABLE)
 def test_no_rows(implementation):
     lhs, rhs, dout = operands("float32", 2, rows=0)
     out, dlhs, drhs = compiled(implementation)(

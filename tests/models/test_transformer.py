@@ -86,11 +86,12 @@ def test_what_padding_holds_changes_nothing(windowed, packed):
     assert np.isfinite(other.logits).all()
 
 
-def test_an_id_outside_the_vocabulary_gives_nan_not_another_token(windowed, packed):
+@pytest.mark.parametrize("unknown", [VOCAB, -1])
+def test_an_id_outside_the_vocabulary_gives_nan_not_another_token(windowed, packed, unknown):
     _, variables, run = windowed
     ids, segments, positions = packed
     ids = ids.copy()
-    ids[0, 1] = VOCAB
+    ids[0, 1] = unknown
     logits = np.asarray(run(variables, ids, segments, positions).logits)
     assert np.isnan(logits[0, 1]).all()
     assert np.isfinite(logits[1:]).all()

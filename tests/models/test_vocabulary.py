@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from moejax.models import vocabulary
 
@@ -21,6 +22,7 @@ def test_the_gradient_of_a_frequent_token_does_not_stop_growing():
     np.testing.assert_array_equal(found, np.outer([7999, 0, 0, 1], [1, 1]))  # 256 in bfloat16
 
 
-def test_an_unknown_id_reaches_no_row():
-    found = gradient(jnp.array([[1, 4, 1]]), dtype=jnp.float32)
+@pytest.mark.parametrize("unknown", [-1, 4])
+def test_an_unknown_id_reaches_no_row(unknown):
+    found = gradient(jnp.array([[1, unknown, 1]]), dtype=jnp.float32)
     np.testing.assert_array_equal(found, np.outer([0, 2, 0, 0], [1, 1]))

@@ -34,7 +34,7 @@ def local_groups(
 ) -> LocalGroups:
     """Sizes and first row of groups `group_offset ... group_offset + num_groups - 1`.
 
-    A group beyond the end of `group_sizes` is empty.
+    A group before the first or beyond the last of `group_sizes` is empty.
     """
     sizes = group_sizes.astype(jnp.int32)
     if group_offset is None:
@@ -43,4 +43,5 @@ def local_groups(
     index = jnp.arange(sizes.shape[0], dtype=jnp.int32)
     first_row = jnp.sum(jnp.where(index < offset, sizes, 0))
     wanted = offset + jnp.arange(num_groups, dtype=jnp.int32)
-    return LocalGroups(sizes.at[wanted].get(mode="fill", fill_value=0), first_row)
+    found = sizes.at[wanted].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+    return LocalGroups(found, first_row)

@@ -43,7 +43,8 @@ class Sequence(nn.Module):
 class Task(nn.Module):
     """Which of `num_tasks` the row belongs to: of a `Mixture` of data, its source.
 
-    Raises UserError where nobody says (`task_ids` of the model's `apply`).
+    NaN for a row of any other task, never a mixture for no task. Raises UserError where nobody says
+    (`task_ids` of the model's `apply`).
     """
 
     num_tasks: int
@@ -56,7 +57,11 @@ class Task(nn.Module):
                 "(data.train), whose sources are the tasks, or pass task_ids to model.apply"
             )
         ids = jnp.zeros_like(context.segment_ids) if self.is_initializing() else context.task_ids
-        return jax.nn.one_hot(ids[:, :1], self.num_tasks, dtype=x.dtype)
+        ids = ids[:, :1]
+        known = (ids >= 0) & (ids < self.num_tasks)
+        return jnp.where(known[..., None], jax.nn.one_hot(ids, self.num_tasks), jnp.nan).astype(
+            x.dtype
+        )
 
 
 class Static(nn.Module):
