@@ -96,11 +96,21 @@ class Experiment:
                 "a file system: mount the bucket (with Cloud Storage FUSE, say) and name the "
                 "folder there"
             )
+        if self.workdir.startswith("~"):
+            raise UserError(
+                f"workdir={self.workdir}: no shell has put your home folder in place of ~; write "
+                "it out"
+            )
         longest = self.model.max_length
         if longest is not None and self.sequence_length > longest:
             raise UserError(
                 f"sequence_length={self.sequence_length} is longer than "
                 f"model.max_length={longest}; lower the one or raise the other"
+            )
+        if longest is not None and self.prompts and self.sampling.max_new_tokens >= longest:
+            raise UserError(
+                f"sampling.max_new_tokens={self.sampling.max_new_tokens} leaves no room for prompts "
+                f"in model.max_length={longest}; lower the one or raise the other"
             )
         if self.model.vocab_size is not None:
             raise UserError("leave model.vocab_size unset: it is taken from data.tokenizer")
@@ -150,9 +160,15 @@ class Experiment:
         )
 
     def prepare_data(self) -> Loaders:
-        """Tokenises and packs (or finds it cached), for this batch and sequence length."""
+        """Tokenises and packs (or finds it cached), for this batch and sequence length.
+
+        Held-out batches are as large as a microbatch: they have to fit where a microbatch does.
+        """
         return self.data.prepare(
-            seq_len=self.sequence_length, batch_size=self.batch_size, seed=self.seed
+            seq_len=self.sequence_length,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            eval_batch_size=self.batch_size // self.num_microbatches,
         )
 
     def build_optimizer(self, params: Any) -> optax.GradientTransformationExtraArgs:

@@ -98,9 +98,15 @@ def _inputs(args: argparse.Namespace) -> tuple[dict[str, str], list]:
 def _held_out(model: Opened) -> dict[str, float]:
     import jax
 
+    from moejax.parallel.mesh import Mesh
     from moejax.train.evaluate import Evaluator
 
     data = model.data()
+    Mesh(**model.mesh.shape).check_batch(
+        model.mesh.size,
+        batch_size=data.eval.batch_size,
+        sequence_length=model.experiment.sequence_length,
+    )
     with jax.set_mesh(model.mesh):
         evaluator = Evaluator(model.model, model.experiment.objective, data, model.mesh)
         values = evaluator.run(model.variables, model.step)

@@ -108,13 +108,16 @@ class Data:
             if path is not None:
                 existing(path, what=f"{type(source).__name__}.path")
 
-    def prepare(self, *, seq_len: int, batch_size: int, seed: int) -> Loaders:
+    def prepare(
+        self, *, seq_len: int, batch_size: int, seed: int, eval_batch_size: int | None = None
+    ) -> Loaders:
         """Trains the tokenizer, tokenises and packs, as far as the cache does not hold it yet.
 
         Args:
           seq_len: S, tokens per row; at least 2.
           batch_size: B, rows of the global batch.
           seed: of every shuffle; in [0, 2**63).
+          eval_batch_size: rows of a held-out batch; as many as of a training batch where None.
 
         Raises:
           DataError: one sentence about what is wrong and how to mend it.
@@ -136,7 +139,7 @@ class Data:
             train=TrainLoader(
                 train, weights=weights, batch_size=batch_size, seed=seed, shuffle=self.shuffle
             ),
-            eval=EvalLoader(held_out, batch_size=batch_size),
+            eval=EvalLoader(held_out, batch_size=eval_batch_size or batch_size),
             tokenizer=tokenizer,
             fingerprint=fingerprint(
                 *("batches", FORMAT, [r.fingerprint for r in train], weights),

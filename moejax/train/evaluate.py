@@ -56,6 +56,9 @@ class Evaluator:
             phases.enter("evaluate")  # news for the watchdog
             total = sums if total is None else jax.tree.map(lambda a, b: a + b, total, sums)
         terms, measures = jax.device_get(total)
+        # Of the text, as compressors count it: a tokenizer need not keep every byte of it.
+        bits, _ = measures["bits_per_byte"]
+        measures = measures | {"bits_per_byte": (bits, self._data.held_out_bytes)}
         values = means(terms, prefix="eval/") | means(measures, prefix="eval/")
         values["eval/loss"] = values.pop("eval/lm")
         return values
