@@ -155,7 +155,7 @@ class _Run:
         self._checkpointer, self._records = checkpointer, records
         self._roll_back = RollBack(checkpointer, limit=experiment.guard.max_consecutive_skips)
         self._learning_rate = experiment.optimizer.schedule.build(experiment.steps)
-        self._start, self._saved = start, start
+        self._start, self._saved, self._abandoned = start, start, 0
         self._layers = {LAYERS: stacked_layers(model.segments)}
         self._pace, self.ledger = Pace(), Ledger(Path(experiment.workdir), start)
         self.paused_by: str | None = None
@@ -181,6 +181,9 @@ class _Run:
     def steps(self, train_step, state: TrainState, evaluator: Evaluator, *, until: int | None):
         """Runs every step that is left, or until a signal or `until` pauses the run."""
         experiment, done = self._experiment, self._start
+        if until is not None and until <= done < experiment.steps:  # an earlier session came so far
+            self.paused_by = f"--until {until}"
+            return state
         if done < experiment.steps and self._evaluation_due(done) and not self._evaluated(done):
             self._evaluate(done, state, evaluator)  # a signal cut it short, or it is the first
         with (
@@ -253,7 +256,7 @@ class _Run:
         )
         if _due(done, self._experiment.log_every) or done == self._experiment.steps:
             values = self._accumulator.take()
-            num_updates = done - values["skipped"]
+            num_updates = int(metrics["num_updates"])  # of these parameters, also after a roll-back
             values["learning_rate"] = float(self._learning_rate(max(num_updates - 1, 0)))
             values |= self._pace.take(done)
             self._records.write("train", done, values)
@@ -261,7 +264,9 @@ class _Run:
             for text in (*self._health.update(done, values), *self._pace.warnings()):
                 progress.message(f"warning: {text}")
                 self._records.write("event", done, {"event": "warning", "text": text})
-        if metrics["exhausted"]:
+        # A step that was on its way at a roll-back still was one of the abandoned parameters.
+        if metrics["exhausted"] and done > self._abandoned:
+            self._abandoned = int(state.step)
             with phases.phase("restore"):
                 state, text = self._roll_back(state, done)
             self._records.write("event", done, {"event": "rollback", "text": text})

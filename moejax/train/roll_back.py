@@ -13,6 +13,9 @@ from moejax.train.state import TrainState, changing, with_leaves
 
 _log = logging.getLogger(__name__)
 
+# Not rolled back: the position in the data, and how many steps were refused so far.
+_KEPT = ("step", "guard/num_nonfinite", "guard/num_spikes")
+
 
 class RollBack:
     """Restores the newest checkpoint that validates from before `limit + 1` refusals in a row.
@@ -25,7 +28,7 @@ class RollBack:
         self._to: int | None = None  # the step of the last one
 
     def __call__(self, state: TrainState, done: int) -> tuple[TrainState, str]:
-        """The state to go on with from step `done` on, and what happened, in words.
+        """The state to go on with after the refusal of step `done`, and what happened, in words.
 
         Raises UserError where no checkpoint is left to go back to.
         """
@@ -45,8 +48,9 @@ class RollBack:
         if restored.step == self._to:
             raise UserError(f"{refused}, again after a roll-back: {advice}")
         self._to = restored.step
-        text = f"rolled back to the parameters of step {restored.step}; data go on at {done}"
+        data = int(state.step)  # behind `done` where a further step was on its way
+        text = f"rolled back to the parameters of step {restored.step}; data go on at {data}"
         if self._checkpointer.problems:
             text += f"; corrupt and not used: {'; '.join(self._checkpointer.problems)}"
         _log.warning(text)
-        return with_leaves(state, restored.state | {"step": state.step}), text
+        return with_leaves(state, restored.state | {name: leaves[name] for name in _KEPT}), text

@@ -37,7 +37,10 @@ class RunStep:
     def __init__(self, step: Step, inspection: Inspection, workdir: pathlib.Path, *, start: int):
         self._step, self._workdir, self._done, self._is_compiled = step, workdir, start, False
         self._dump_hlo = inspection.dump_hlo
-        self._profiler = Profiler(workdir / PROFILE, inspection.profile)
+        window = inspection.profile
+        if window is not None and window.first + window.count <= start:
+            window = None  # an earlier session of the same command has come by
+        self._profiler = Profiler(workdir / PROFILE, window)
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         if not self._is_compiled:

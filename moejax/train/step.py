@@ -48,7 +48,8 @@ def make_train_step(
     (`freeze.only_experts`); it is applied to gradients and to updates.
 
     Metrics are sums over the batch: `terms` and `measures` of the objective, `stats` per layer,
-    and the scalars `loss`, `grad_norm` (before clipping), `update_norm`, `accepted`.
+    and the scalars `loss`, `grad_norm` (before clipping), `update_norm`, `accepted`, `skipped`
+    (refused so far), `num_updates` (that made the parameters), `exhausted`.
     """
     weights = objective.weights(model)
     optimizer = optax.with_extra_args_support(optimizer)
@@ -130,6 +131,7 @@ def make_train_step(
             "update_norm": update_norm,
             "accepted": accepted,
             "skipped": guard_state.num_nonfinite + guard_state.num_spikes,
+            "num_updates": guard_state.num_accepted,
             "exhausted": guard.exhausted(guard_state),
         }
         return state, metrics

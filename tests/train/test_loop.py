@@ -74,6 +74,7 @@ def assert_bit_equal(left, right):
         np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
 
 
+UNUSED = 263  # the smallest vocabulary's last ids are of no text
 STEPS = ("steps=6", "log_every=2", "optimizer.schedule.warmup_steps=2")
 
 
@@ -89,6 +90,20 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(smoke):
     assert_bit_equal(final_state(whole, 6), final_state(parts, 6))
     steps = [r["step"] for r in records(parts) if r["kind"] == "train"]
     assert steps == sorted(set(steps))
+
+
+def test_held_out_batches_are_as_large_as_a_microbatch(smoke):
+    data = smoke("parts", "batch_size=8", "num_microbatches=4").prepare_data()
+    assert (data.train.batch_size, data.eval.batch_size) == (8, 2)
+
+
+@pytest.mark.slow
+def test_a_pause_that_an_earlier_session_came_to_stays_one(smoke):
+    experiment = smoke("paused", *STEPS)
+    for _ in range(2):
+        paused = train(experiment, name="paused", until=2)
+        assert (paused.step, paused.paused_by) == (2, "--until 2")
+    assert train(experiment, name="paused").step == 6
 
 
 def test_a_finished_run_evaluates_again_and_trains_nothing(finished):
@@ -160,6 +175,47 @@ def test_too_many_refusals_roll_back_and_data_go_on(smoke):
     events = [r["values"] for r in records(experiment) if r["kind"] == "event"]
     texts = [e["text"] for e in events if e.get("event") == "rollback"]
     assert texts == ["rolled back to the parameters of step 4; data go on at 6"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PoisonAt(NextToken):
+    """Next-token prediction whose step `at` ruins the parameters: their loss is NaN from then on.
+
+    It moves the embedding of a token that is not in use, and is an ordinary step otherwise.
+    """
+
+    at: int
+
+    def __call__(self, model, variables, batch, *, step=0, **kwargs):
+        result = super().__call__(model, variables, batch, step=step, **kwargs)
+        row = variables["params"]["embed"]["embedding"][UNUSED]
+        fresh = model.init(jax.random.split(jax.random.key(0))[0])["params"]["embed"]["embedding"]
+        ruined = jnp.abs(jax.lax.stop_gradient(row) - fresh[UNUSED]).max() > 1e-3
+        bad = ruined & jnp.asarray("key" in kwargs)
+        total, count = result.terms["lm"]
+        total = total + jnp.where(step == self.at, row.sum(), 0) + jnp.where(bad, jnp.nan, 0)
+        return dataclasses.replace(result, terms=result.terms | {"lm": (total, count)})
+
+
+@pytest.mark.slow
+def test_a_step_on_its_way_at_a_roll_back_does_not_ask_for_another(smoke):
+    """Of what was refused last, the figures come when the next step is already computed."""
+    experiment = smoke(
+        "in-flight",
+        *("steps=14", "log_every=1", "checkpoint_every=4", "guard.max_consecutive_skips=1"),
+        "keep_last=5",
+    )
+    experiment = dataclasses.replace(experiment, objective=PoisonAt(at=4))
+    assert train(experiment, name="in-flight").step == 14
+    found = records(experiment)
+    (text,) = [r["values"]["text"] for r in found if r["values"].get("event") == "rollback"]
+    assert text == "rolled back to the parameters of step 4; data go on at 8"
+    values = [r["values"] for r in found if r["kind"] == "train"]
+    assert [v["skipped"] for v in values] == [0] * 5 + [1, 2, 3] + [3] * 6
+    schedule = experiment.optimizer.schedule.build(experiment.steps)
+    # Updates 0 to 3 are in the checkpoint; that of step 4 was lost, and is made from batch 8.
+    updates = [0, 1, 2, 3, 4, 4, 4, 4, *range(4, 10)]
+    np.testing.assert_allclose([v["learning_rate"] for v in values], schedule(np.array(updates)))
 
 
 def _refused_at_5_and_6(smoke, name):

@@ -53,6 +53,18 @@ def test_the_step_is_compiled_once_in_a_phase_of_its_own(tmp_path, told, compile
     assert '"step": 7' in told[0]
 
 
+@pytest.mark.parametrize(("start", "profiled"), [(6, [6, 9]), (7, [7, 10]), (8, []), (20, [])])
+def test_a_window_that_is_over_is_not_profiled_again(
+    tmp_path, told, traces, compiled_times, start, profiled
+):
+    inspection = Inspection(profile=Window(5, 3))
+    with run_step.RunStep(compiled_times[1], inspection, tmp_path, start=start) as call:
+        state = jnp.ones(5)
+        for _ in range(5):
+            state, _ = call(state, jnp.ones(5))
+    assert len(traces) == len(profiled)
+
+
 def test_the_program_is_dumped_lowered_and_compiled(tmp_path, told, compiled_times):
     with run_step.RunStep(compiled_times[1], Inspection(dump_hlo=True), tmp_path, start=0) as call:
         call(jnp.ones(5), jnp.ones(5))
