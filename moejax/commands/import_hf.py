@@ -57,7 +57,7 @@ class _DisagreementError(Exception):
 def run(args: argparse.Namespace) -> int:
     import fiddle as fdl
 
-    from moejax.config.run_directory import claim
+    from moejax.config.run_directory import store
     from moejax.data.errors import DataError
     from moejax.data.subword import HFTokenizer
     from moejax.interop import hf, logit_check, peft
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
                 found.prepare(None, "").save(folder / TOKENIZER)
             except DataError as error:
                 print(f"no tokenizer was imported: {error}")
-            claim(folder, config, versions())
+            store(folder, config, versions())
             seconds = time.monotonic() - started
             if args.check:
                 _check(source, folder, model, args.adapter)

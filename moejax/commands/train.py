@@ -11,6 +11,7 @@ import argparse
 import logging
 import os
 import pathlib
+import shlex
 import sys
 import time
 import uuid
@@ -33,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--until",
         type=int,
         metavar="STEP",
-        help="stop after this step with a checkpoint, to be resumed later",
+        help="stop after this step with a checkpoint, to be resumed later; does nothing where an "
+        "earlier session came so far",
     )
     parser.add_argument(
         "--grace",
@@ -97,6 +99,8 @@ def _train(args: argparse.Namespace, config: fdl.Config, stop: StopSignal) -> in
     from moejax.train.run_step import Inspection
 
     window = None if args.profile is None else Window.parse(args.profile)
+    if args.until is not None and args.until < 1:
+        raise UserError(f"--until {args.until}: name a step, 1 or later")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     logging.getLogger("moejax").setLevel(logging.INFO)  # tokenising, kernel choices
     agreement.check_same_run(config, until=args.until)
@@ -104,16 +108,17 @@ def _train(args: argparse.Namespace, config: fdl.Config, stop: StopSignal) -> in
     experiment = build_config(config)
     workdir = pathlib.Path(experiment.workdir)
 
+    def stored() -> fdl.Config:
+        return load_config(workdir, trusted=args.trust_config)
+
     def check() -> None:
-        stored = None
-        if (workdir / CONFIG_JSON).exists():
-            stored = load_config(workdir, trusted=args.trust_config)
-        check_workdir(workdir, config, stored)
+        exists = (workdir / CONFIG_JSON).exists()
+        check_workdir(workdir, config, stored() if exists else None)
 
     processes.by_first(check)
     experiment.check()
     # Last: a refused experiment must not own the folder.
-    processes.by_first(lambda: claim(workdir, config, versions()))
+    processes.by_first(lambda: claim(workdir, config, versions(), read=stored))
     agreement.check_visible(workdir / CONFIG_JSON)
     phases.announce(workdir, session=processes.exchange(uuid.uuid4().hex, lambda all_: all_[0]))
 
@@ -127,7 +132,7 @@ def _train(args: argparse.Namespace, config: fdl.Config, stop: StopSignal) -> in
     print(goodput(read_sessions(workdir)).line())
     if finished.paused_by is not None:
         print(f"{finished.paused_by}: stopped at step {finished.step} with a checkpoint; resume:")
-        print(f"  moejax train {workdir}")
+        print(f"  moejax train {shlex.quote(str(workdir))}")
         return 0
     _print_results(finished.results)
     print(f"report: {write_report(workdir)}")

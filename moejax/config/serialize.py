@@ -52,6 +52,15 @@ def dump_config(config: fdl.Config, versions: Mapping[str, str]) -> str:
     return json.dumps(document, indent=2, allow_nan=False) + "\n"
 
 
+def code_of(config: fdl.Config) -> dict[str, set[str]]:
+    """{file name: hashes of the texts under that name} of the user's own code in `config`."""
+    writer, found = _Writer(), {}
+    writer.write(config, "")
+    for source in writer.sources.values():
+        found.setdefault(pathlib.Path(source.path).name, set()).add(source.sha256)
+    return found
+
+
 def load_dumped(
     text: str, *, trusted: bool = False, directory: pathlib.Path | None = None
 ) -> fdl.Config:

@@ -11,7 +11,7 @@ from moejax.commands.given_model import complete
 from moejax.config.build import build_config
 from moejax.config.load import load_config
 from moejax.config.overrides import apply_overrides
-from moejax.config.run_directory import claim
+from moejax.config.run_directory import store
 from moejax.interop import hf
 from moejax.models.adapter import Adapter
 from moejax.train.manifest import versions
@@ -63,7 +63,7 @@ def test_what_is_frozen_keeps_its_bits(published):
 def test_a_runs_model_is_as_the_run_trained_it(tmp_path):
     config = load_config("configs/tiny.py:smoke")
     config.model.param_dtype = "bfloat16"
-    claim(tmp_path, config, versions())
+    store(tmp_path, config, versions())
     assert given(tmp_path).model.param_dtype == "bfloat16"
 
 
@@ -74,10 +74,10 @@ def test_the_adapter_of_the_folder_is_taken_where_the_config_has_none(tmp_path):
     run.adapter = adapter
     for folder in ("run", "imported"):
         (tmp_path / folder).mkdir()
-    claim(tmp_path / "run", run, versions())
+    store(tmp_path / "run", run, versions())
     imported = load_config("configs/tiny.py:smoke").model
     imported.adapter = adapter
-    claim(tmp_path / "imported", imported, versions())
+    store(tmp_path / "imported", imported, versions())
     for folder in ("run", "imported"):
         config = given(tmp_path / folder)
         assert config.adapter == adapter

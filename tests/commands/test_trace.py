@@ -12,7 +12,7 @@ from moejax.commands import main
 from moejax.config.build import build_config
 from moejax.config.load import load_config
 from moejax.config.overrides import apply_overrides
-from moejax.config.run_directory import claim
+from moejax.config.run_directory import store
 from moejax.data.subword import train_bpe
 from moejax.interop import hf
 from moejax.train.checkpoint import Checkpointer
@@ -70,7 +70,7 @@ def content(path):
 def untrained_run(folder):
     """A run's folder with a checkpoint of step 3, without the cost of training."""
     config = apply_overrides(load_config(TINY), [f"workdir={folder}"])
-    claim(folder, config, {})
+    store(folder, config, {})
     experiment = build_config(config)
     data = experiment.prepare_data()
     data.tokenizer.save(folder / TOKENIZER)

@@ -85,6 +85,9 @@ def test_train_then_evaluate_sample_and_report(finished, capsys):
     assert main(["report", str(workdir), "--out", str(workdir / "elsewhere")]) == 0
     assert (workdir / "elsewhere" / "index.html").exists()
 
+    text = error_of(capsys, "evaluate", str(workdir), "--mesh", "data=3")
+    assert "cannot be split 3 ways" in text
+
 
 @pytest.mark.slow
 def test_a_run_is_scored_on_text_behind_its_end_token(finished, tmp_path, capsys):
@@ -138,6 +141,8 @@ def test_a_flipped_bit_is_noticed_and_the_checkpoint_before_is_used(finished, tm
         ("stepz=5", "steps"),
         ("steps=many", "steps"),
         ("workdir=/proc/nowhere/run", "/proc/nowhere"),
+        ("workdir=~/run", "workdir=~/run: no shell has put"),
+        ("--until=0", "--until 0: name a step"),
     ],
 )
 def test_bad_input_is_one_clear_sentence(tmp_path, cache, capsys, override, message):
@@ -152,6 +157,7 @@ def test_bad_input_is_one_clear_sentence(tmp_path, cache, capsys, override, mess
         ("model.block.ffn.router.k=99", "router.k=99"),
         ("optimizer.schedule.warmup_steps=9", "warmup_steps"),
         ("model.block.attention.soft_cap=0", "soft_cap=0"),
+        ("model.max_length=64 sampling.max_new_tokens=64", "no room for prompts in model.max_le"),
     ],
 )
 def test_what_needs_no_data_is_refused_before_any_is_read(
@@ -161,7 +167,7 @@ def test_what_needs_no_data_is_refused_before_any_is_read(
     read = lambda *_: pytest.fail("the data were read before the model was checked")
     monkeypatch.setattr(Data, "prepare", read)
     words = ["train", TINY, f"workdir={tmp_path / 'run'}"]
-    assert message in error_of(capsys, *words, override)
+    assert message in error_of(capsys, *words, *override.split())
     assert not (tmp_path / "cache" / "documents").exists()
     assert not list((tmp_path / "run").iterdir())  # the right config may still have the folder
 
