@@ -66,10 +66,14 @@ again() {
   scontrol requeue "$SLURM_JOB_ID" && exit 0
   exit "$status"
 }
-restarts_left=$((${MOEJAX_MAX_RESTARTS:-20} - ${SLURM_RESTART_COUNT:-0}))
+# Slurm's own count holds the restarts after an orderly stop too, which are no failures.
+counted=$PWD/.moejax-$SLURM_JOB_ID.failures
+failures=$(cat "$counted" 2>/dev/null || echo 0)
 if ((status == STOPPED)); then
   again "asked to stop"
-elif ((status == EXPIRED || status > 128)) && ((restarts_left > 0)); then
+elif ((status == EXPIRED || status > 128)) && ((failures < ${MOEJAX_MAX_RESTARTS:-20})); then
+  echo $((failures + 1)) >"$counted"
   again "process ${first%% *} ended with status $status"
 fi
+rm -f "$counted"
 exit "$status"

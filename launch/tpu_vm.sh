@@ -59,8 +59,11 @@ everywhere() { # a shell command, on every host of every slice at once
 }
 
 PID=.moejax.pid # on each host, in the home folder
+# What was copied takes the place of what was there, but for runs and the environment.
 # shellcheck disable=SC2016
-INSTALL='cd moejax && for p in python3.13 python3.12 python3.11; do command -v $p && break; done && \
+INSTALL='shopt -s dotglob nullglob; mkdir -p moejax && cd moejax && for f in ../moejax.new/*; do \
+case ${f##*/} in runs | .venv) ;; *) rm -rf "${f##*/}" && mv "$f" . || exit 1 ;; esac; done && rm -rf ../moejax.new && \
+for p in python3.13 python3.12 python3.11; do command -v $p && break; done && \
 $p -m venv .venv && .venv/bin/pip install --constraint constraints.txt --editable ".[tpu]" || \
 { echo "moejax needs Python 3.11 to 3.13 with venv on $(hostname)" >&2; exit 1; }'
 POLL=${TPU_POLL_SECONDS:-30}
@@ -102,7 +105,8 @@ case $action in
     [[ -n $dry_run ]] || wait_until_active ;;
   install)
     [[ $# == 1 ]] || usage
-    gcloud_ alpha compute tpus queued-resources scp --recurse "$1" "$name:moejax" "${where[@]}" \
+    everywhere "rm -rf moejax.new" # or the copy would lie within it
+    gcloud_ alpha compute tpus queued-resources scp --recurse "$1" "$name:moejax.new" "${where[@]}" \
       --node=all --worker=all
     everywhere "$INSTALL" ;;
   run)

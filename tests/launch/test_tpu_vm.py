@@ -113,10 +113,37 @@ def test_stop_asks_the_process_that_runs(fake):
 
 def test_install_copies_and_then_installs(fake):
     assert call(fake, "--zone", "z", "install", "moe", ".").returncode == 0
-    copy, install = asked(fake)
-    assert copy[4:8] == ["scp", "--recurse", ".", "moe:moejax"]
+    clear, copy, install = asked(fake)
+    assert clear[-1] == "rm -rf moejax.new"
+    assert copy[4:8] == ["scp", "--recurse", ".", "moe:moejax.new"]
     subprocess.run(["bash", "-n", "-c", install[-1]], check=True)
     assert "--constraint constraints.txt" in install[-1]
+
+
+def test_a_second_install_takes_the_place_of_the_first_and_spares_runs(fake):
+    assert call(fake, "--zone", "z", "install", "moe", ".").returncode == 0
+    install = asked(fake)[-1][-1]
+    python = fake / "python3.13"
+    python.write_text("#!/bin/sh\nmkdir -p .venv/bin && ln -sf /bin/true .venv/bin/pip\n")
+    python.chmod(0o755)
+    home = fake / "home"
+    for version in ("1", "2"):
+        new = home / "moejax.new"
+        for name in ("moejax", "runs", ".venv"):
+            (new / name).mkdir(parents=True)
+        (new / "moejax" / f"only_in_{version}.py").write_text("")
+        (new / "a file").write_text(version)
+        (new / ".hidden").write_text(version)
+        path = f"{fake}:{os.environ['PATH']}"
+        subprocess.run(["bash", "-c", install], cwd=home, env={"PATH": path}, check=True)
+        (home / "moejax" / "runs").mkdir(exist_ok=True)
+        (home / "moejax" / "runs" / f"run_{version}").write_text("")
+    found = sorted(str(p.relative_to(home)) for p in home.rglob("*") if p.is_file())
+    assert found == [
+        *("moejax/.hidden", "moejax/.venv/bin/pip", "moejax/a file", "moejax/moejax/only_in_2.py"),
+        *("moejax/runs/run_1", "moejax/runs/run_2"),
+    ]
+    assert (home / "moejax" / "a file").read_text() == "2"
 
 
 def test_delete(fake):
