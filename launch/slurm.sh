@@ -54,7 +54,8 @@ srun --kill-on-bad-exit=1 bash -c '
   trap : TERM INT HUP USR1 USR2
   "${@:3}"
   status=$?
-  echo "$SLURM_PROCID $status" >>"$1"
+  # Appended to the file if it is still there: a cancelled job may have ended before its tasks.
+  echo "$SLURM_PROCID $status" | dd of="$1" oflag=append conv=notrunc,nocreat status=none 2>/dev/null
   exit $((status == $2 ? 0 : status))
 ' task "$ended" "$STOPPED" "$@"
 status=$?
