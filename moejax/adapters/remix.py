@@ -51,7 +51,9 @@ class PlackettLuce(Router):
             draw = lambda key: jax.random.gumbel(key, logits.shape[1:], logits.dtype)
             scores = scores + jax.vmap(draw)(keys)
         _, chosen = jax.lax.top_k(scores, self.k)
-        constant = jnp.asarray(self.k**-self.power, logits.dtype)
+        # A constant does not show that there are no logits (a task that is not known).
+        unknown = jnp.isnan(logits).any(axis=-1, keepdims=True)
+        constant = jnp.where(unknown, jnp.nan, jnp.asarray(self.k**-self.power, logits.dtype))
         return Mixture(
             weights=jnp.where(is_chosen(chosen, self.num_adapters), constant, 0),
             chosen=chosen,

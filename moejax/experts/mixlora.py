@@ -73,7 +73,9 @@ class MixLoRA(DenseGLU):
         activation = glu_activation(self.activation)
         pairs = zip(project("gate", x), project("up", x), strict=True)
         hidden = [activation(gate, up) for gate, up in pairs]
-        mixed = hidden[0]
+        # The first expert's weight is what the others leave, and so would hide that it is NaN.
+        unknown = jnp.isnan(weights).any(axis=-1, keepdims=True)
+        mixed = jnp.where(unknown, jnp.nan, hidden[0])
         for j, own in enumerate(hidden[1:], start=1):
             mixed = mixed + weights[..., j, None] * (own - hidden[0])
         down = self.linear.copy(

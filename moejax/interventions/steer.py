@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from moejax.types import AnyArray, Context, pytree
 
-_MARGIN = 1e-6  # relative to the largest logit; float32 tells that apart
+_MARGIN = 1e-3  # relative to the largest logit: room in float32 for the order of thousands
 
 
 @pytree
@@ -23,8 +23,10 @@ class Steer:
       soft: `[E]`, the added multiple of the standard deviation of a token's logits over the
         experts. The paper's best are 0.5 for the steered ones and 0 for the others.
       hard: `[E]`, 1 puts the expert just above every other, -1 just below, 0 leaves it. Experts
-        of one sign keep their order, where the paper breaks ties by noise. A selection bias or
-        groups of experts (DeepSeek-V3) can still choose otherwise.
+        of one sign keep their order, where the paper breaks ties by noise; those that lie nearer
+        to each other than 1/8000 of the token's range of logits can become equal. A selection
+        bias or groups of experts (DeepSeek-V3) can still choose otherwise: they go by scores, and
+        saturated sigmoids are equal where logits are not.
     """
 
     soft: Float[AnyArray, "*layers E"]

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
+from moejax.errors import UserError
 from moejax.models.output import Output
 from moejax.models.transformer import Transformer
 from moejax.objectives.objective import Result
@@ -54,7 +55,7 @@ class NextToken:
         terms = {"lm": (nll, count)} | out.terms
         if self.z_weight:
             terms["head_z"] = (jnp.where(mask, jnp.square(log_normaliser), 0).sum(), count)
-        num_bytes = jnp.where(mask, jnp.asarray(token_bytes)[batch.targets], 0).sum()
+        num_bytes = jnp.where(mask, target_bytes(batch, token_bytes), 0).sum()
         measures = {
             "bits_per_byte": (
                 jax.lax.stop_gradient(nll) / math.log(2),
@@ -65,10 +66,20 @@ class NextToken:
 
 
 def forward(
-    model: Transformer, variables: Any, batch: Batch, *, record: bool = False, **options: Any
+    model: Transformer,
+    variables: Any,
+    batch: Batch,
+    *,
+    record: bool = False,
+    uses_log_prob: bool = False,
+    **options: Any,
 ) -> Output:
-    """The model on a batch; `options` as for `model.apply`."""
-    return model.apply(
+    """The model on a batch; `options` as for `model.apply`.
+
+    Raises UserError where adapters are drawn (which takes a key) and the objective does not say
+    that it uses the draws' log-probability: nothing else teaches the routers that draw them.
+    """
+    out = model.apply(
         variables,
         batch.tokens,
         segment_ids=batch.segment_ids,
@@ -77,6 +88,13 @@ def forward(
         record=record,
         **options,
     )
+    if out.log_prob is not None and not uses_log_prob:
+        raise UserError(
+            "the model's adapters are drawn by routers (PlackettLuce, of ReMix) which learn from "
+            "the draws' log-probability alone, and this objective does not use it: set objective "
+            "to moejax.objectives.remix.RLOO, or give the adapter another router"
+        )
+    return out
 
 
 def token_nll(out: Output, batch: Batch) -> Float[Array, "B S"]:
@@ -84,5 +102,18 @@ def token_nll(out: Output, batch: Batch) -> Float[Array, "B S"]:
     return jax.nn.logsumexp(out.logits, axis=-1) - _logit_of(out.logits, batch.targets)
 
 
+def target_bytes(batch: Batch, token_bytes: Int[ArrayLike, "V"]) -> Int[Array, "B S"]:
+    """UTF-8 bytes of every target, padding included; 0 for an id that is no token's."""
+    ids = _none_from_the_end(batch.targets, len(token_bytes))
+    return jnp.take(jnp.asarray(token_bytes), ids, mode="fill", fill_value=0)
+
+
 def _logit_of(logits: Float[Array, "B S V"], ids: Int[ArrayLike, "B S"]) -> Float[Array, "B S"]:
-    return jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
+    """NaN for an id that is no token's."""
+    ids = _none_from_the_end(ids, logits.shape[-1])
+    return jnp.take_along_axis(logits, ids[..., None], axis=-1, mode="fill")[..., 0]
+
+
+def _none_from_the_end(ids: Int[ArrayLike, "B S"], size: int) -> Int[Array, "B S"]:
+    """`ids`, but `size` for one below 0, which indexing would take for one from the end."""
+    return jnp.where(jnp.asarray(ids) < 0, size, ids)

@@ -70,7 +70,8 @@ class RLOO:
         rows = key if key.ndim else row_keys(key, num_rows)
         keys = jax.vmap(lambda key: row_keys(key, self.num_draws))(rows).reshape(-1)
         draws = jax.tree.map(lambda x: jnp.repeat(x, self.num_draws, axis=0), batch)
-        out = forward(model, variables, draws, step=step, key=keys, loads=loads)
+        options = {"step": step, "key": keys, "loads": loads}
+        out = forward(model, variables, draws, uses_log_prob=True, **options)
         if out.log_prob is None:
             raise UserError(
                 "objective RLOO teaches routers that draw, and nothing in this model does: set "

@@ -20,7 +20,7 @@ from jaxtyping import Array, ArrayLike, Float, Int
 from moejax.errors import UserError
 from moejax.models.output import Output
 from moejax.models.transformer import Transformer
-from moejax.objectives.lm import forward, token_nll
+from moejax.objectives.lm import forward, target_bytes, token_nll
 from moejax.objectives.objective import Result
 from moejax.objectives.traced import layer_trace, without_traces
 from moejax.types import Batch, Term
@@ -74,7 +74,7 @@ class UnlearnExpert:
             "forget": _sum(nll, batch.loss_mask & forgets),
             "anchor": _sum(self._distance(model, out, batch), (batch.segment_ids > 0) & forgets),
         }
-        num_bytes = _sum(jnp.asarray(token_bytes)[batch.targets], batch.loss_mask)[0]
+        num_bytes = _sum(target_bytes(batch, token_bytes), batch.loss_mask)[0]
         nats = jax.lax.stop_gradient(own["lm"][0] + own["forget"][0])
         measures = {"bits_per_byte": (nats / math.log(2), num_bytes.astype(nats.dtype))}
         measures |= out.measures

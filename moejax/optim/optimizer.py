@@ -4,10 +4,10 @@ Loshchilov and Hutter 2019 (decoupled weight decay), on optax.
 
 **What decays.** A rule by number of axes would be wrong here: parameters of stacked layers carry a
 leading layer axis, so a norm scale is `[L, D]` and looks like a matrix. The default therefore goes
-by name (`DEFAULT_NO_DECAY`): norm scales, biases and embeddings do not decay, everything else
-with two or more axes does. Embeddings are left out as in OLMo 2 (2025, section 3.2): decay shrinks
-them, and small embeddings raise the gradients of the first layers. A head tied to the
-embedding is the same leaf and does not decay either.
+by name (`DEFAULT_NO_DECAY`): norm scales, biases, attention sinks and embeddings do not decay,
+everything else with two or more axes does. Embeddings are left out as in OLMo 2 (2025, section
+3.2): decay shrinks them, and small embeddings raise the gradients of the first layers. A head tied
+to the embedding is the same leaf and does not decay either.
 
 **Precision.** Moments and every step of the arithmetic are at least float32, whatever the
 parameters' dtype (a bf16 second moment stops changing once it is 256 times its increments).
@@ -28,7 +28,7 @@ from moejax.optim.paths import map_named, match_all, matches
 from moejax.optim.schedule import WSD, WarmupCosine
 from moejax.types import at_least_f32, named_leaves
 
-DEFAULT_NO_DECAY = ("*norm*", "*scale", "*bias*", "embed*", "*/embed*")
+DEFAULT_NO_DECAY = ("*norm*", "*scale", "*bias*", "*sinks", "embed*", "*/embed*")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

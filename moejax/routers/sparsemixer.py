@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from moejax.errors import UserError
 from moejax.layers.row_keys import fold_in
-from moejax.routers.selection import intervened, select
+from moejax.routers.selection import intervened, is_held, own_scores, select
 from moejax.types import Context, Routing, at_least_f32
 
 _STREAM = 0x5B  # of this router's draws
@@ -36,8 +36,9 @@ class SparseMixer(nn.Module):
 
     In training a choice that is not the best counts as p in one case of four and as p / 3 in the
     others, at random (Heun's third-order method). The gradient is in all cases that of p.
-    `Routing.extras["log_prob"]` `[T]` is then the logarithm of the probability of both choices, and
-    0 at padding. Neither meshes nor microbatches nor padding behind the sequences change a draw.
+    `Routing.extras["log_prob"]` `[T]` is then the logarithm of the probability of both choices, in
+    which padding and a replayed empty slot count 0. Neither meshes nor microbatches nor padding
+    behind the sequences change a draw.
 
     Noise on the layer's input (`input_jitter_noise`), which experts would see too, is not added.
 
@@ -62,19 +63,19 @@ class SparseMixer(nn.Module):
         for turn in range(self.k):
             near = self._near(logits, left)  # [T, E]
             choice = self._choose(near, turn, context)  # [T, 1]
-            probability = jnp.take_along_axis(jax.nn.softmax(near), choice, axis=-1)
+            probability = own_scores(jax.nn.softmax(near), choice)
             step = jax.lax.stop_gradient(self._step(near, choice, turn, context))
             chosen.append(choice)
             probabilities.append(probability)
             weights.append(probability + jax.lax.stop_gradient(probability * (step - 1)))
             left = jnp.where(choice == jnp.arange(num_experts), -jnp.inf, left)
-        extras = {}
+        experts, extras = jnp.concatenate(chosen, axis=-1), {}
         if context.key is not None:
-            real = context.token_mask.reshape(-1, 1)
-            both = jnp.where(real, jnp.concatenate(probabilities, axis=-1), 1)
+            counts = context.token_mask.reshape(-1, 1) & is_held(experts, num_experts)
+            both = jnp.where(counts, jnp.concatenate(probabilities, axis=-1), 1)
             extras["log_prob"] = jnp.log(both).sum(-1)
         routing = Routing(
-            experts=jnp.concatenate(chosen, axis=-1),
+            experts=experts,
             weights=jnp.concatenate(weights, axis=-1),
             probs=jax.nn.softmax(logits),
             logits=logits,

@@ -15,7 +15,7 @@ from flax.linen import initializers
 from jaxtyping import Array, Float
 
 from moejax.errors import UserError
-from moejax.routers.selection import intervened, select
+from moejax.routers.selection import intervened, own_scores, select
 from moejax.types import Context, Routing, at_least_f32
 
 
@@ -64,13 +64,16 @@ class TopK(nn.Module):
         logits = intervened(logits, context)
 
         scores = jax.nn.softmax(logits) if self.score == "softmax" else jax.nn.sigmoid(logits)
-        adjusted = jax.lax.stop_gradient(scores)
+        # The logits order the experts as the scores do, and better: scores round to ties where
+        # they saturate. What adds to the scores or to groups of them needs the scores.
+        alone = context.selection_bias is None and self.num_groups == 1
+        adjusted = jax.lax.stop_gradient(logits if alone else scores)
         if context.selection_bias is not None:
             adjusted = adjusted + context.selection_bias
         if self.num_groups > 1:
             adjusted = self._limit_groups(adjusted)
         experts = select(adjusted, self.k, context)
-        weights = jnp.take_along_axis(scores, experts, axis=-1)
+        weights = own_scores(scores, experts)
         if self.normalise == "after":
             weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
         probs = scores

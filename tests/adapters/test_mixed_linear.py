@@ -5,9 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moejax.adapters.comol import CoMoL
+from moejax.adapters.dynmole import EntropySwitch
 from moejax.adapters.lora import LoRA
 from moejax.adapters.mixed import MixedLinear
+from moejax.adapters.remix import PlackettLuce
 from moejax.errors import UserError
+from moejax.experts.mixlora import MixLoRA
 from moejax.layers.linear import Linear
 from moejax.layers.mixing.bank import LoRABank, RsLoRABank
 from moejax.layers.mixing.granularity import Sequence, Static, Task, Token
@@ -187,10 +191,31 @@ def test_routing_by_task_without_task_ids_is_refused():
         module.apply(variables, X, CONTEXT.replace(task_ids=None))
 
 
-@pytest.mark.parametrize("unknown", [-1, 3])
-def test_a_task_that_the_router_does_not_know_is_nan_and_no_other_task(unknown):
-    module, variables, _ = built(router=Softmax(granularity=Task(num_tasks=3)))
-    tasks = jnp.full(X.shape[:2], 2).at[0].set(unknown)
-    y = module.apply(variables, X, CONTEXT.replace(task_ids=tasks))
-    assert jnp.isnan(y[0]).all()
-    assert jnp.isfinite(y[1:]).all()
+BY_TASK = {"granularity": Task(num_tasks=3)}
+MANY = LoRABank(num_adapters=30, rank=2)  # computed on sorted rows
+ROUTED_BY_TASK = {
+    "Softmax": MixedLinear(features=6, router=Softmax(**BY_TASK)),
+    "TopK": MixedLinear(features=6, router=TopK(**BY_TASK)),
+    "TopK of 1": MixedLinear(features=6, router=TopK(k=1, **BY_TASK)),
+    "TopK of 1, sorted": MixedLinear(features=6, router=TopK(k=1, **BY_TASK), bank=MANY),
+    "PlackettLuce": MixedLinear(features=6, router=PlackettLuce(**BY_TASK)),
+    "PlackettLuce, sorted": MixedLinear(features=6, router=PlackettLuce(**BY_TASK), bank=MANY),
+    "EntropySwitch": MixedLinear(features=6, router=EntropySwitch(**BY_TASK)),
+    "CoMoL": CoMoL(features=6, router=Softmax(**BY_TASK)),
+    "MixLoRA": MixLoRA(d_ff=6, router=TopK(**BY_TASK)),
+    "MixLoRA of 1": MixLoRA(d_ff=6, router=TopK(k=1, **BY_TASK)),
+    "MixLoRA of 1, not down": MixLoRA(d_ff=6, router=TopK(k=1, **BY_TASK), targets=("gate", "up")),
+}
+
+
+@pytest.mark.parametrize("drawn", [False, True], ids=["evaluation", "training"])
+@pytest.mark.parametrize("name", ROUTED_BY_TASK)
+def test_a_task_that_the_router_does_not_know_is_nan_and_no_other_task(name, drawn):
+    module = ROUTED_BY_TASK[name]
+    context = CONTEXT.replace(key=row_keys(jax.random.key(0), 2) if drawn else None)
+    variables = random_variables(module, X, context)
+    run = quick_jit(lambda tasks: module.apply(variables, X, context.replace(task_ids=tasks)))
+    for unknown in (-1, 3):
+        y = run(jnp.full(X.shape[:2], 2).at[0].set(unknown))
+        assert jnp.isnan(y[0]).all()
+        assert jnp.isfinite(y[1:]).all()

@@ -8,6 +8,7 @@ import pytest
 from moejax.errors import UserError
 from moejax.interventions.stacked import stacked
 from moejax.interventions.steer import Steer
+from moejax.routers.topk import TopK
 from moejax.verification.contracts.cases import make_context, quick_jit
 from tests.models.tiny_model import moe, random_model_variables, tiny
 
@@ -61,6 +62,28 @@ def test_experts_steered_alike_keep_their_order():
     np.testing.assert_array_equal(
         (moved[:, 1] > moved[:, 4])[apart], (LOGITS[:, 1] > LOGITS[:, 4])[apart]
     )
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_a_router_chooses_the_best_of_those_that_are_steered_alike(score, scale):
+    """8 of 64: of half of them that are up, of half that are not down, and of all but 4 down."""
+    order = np.stack([np.random.default_rng(t).permutation(64) for t in range(50)])
+    logits = jnp.asarray(scale * (order - 32) / 16, jnp.float32)
+    context = make_context(np.ones((1, 50), bool), num_experts=64)
+    router = TopK(k=8, score=score)
+
+    @quick_jit
+    def route(hard):
+        steer = Steer(soft=jnp.zeros(64), hard=hard)
+        variables = {"params": {"kernel": logits}}
+        return router.apply(variables, jnp.eye(50), context.replace(intervention=steer))[0].experts
+
+    first = lambda num: (np.arange(64) < num).astype(np.float32)
+    best = lambda own: np.argsort(-own, axis=-1)[:, :8]
+    np.testing.assert_array_equal(route(first(32)), best(order[:, :32]))
+    np.testing.assert_array_equal(route(-first(32)), best(order[:, 32:]) + 32)
+    np.testing.assert_array_equal(route(-first(60))[:, 4:], best(order[:, :60])[:, :4])
 
 
 def test_equal_logits_are_steered_too():

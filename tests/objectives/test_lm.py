@@ -14,7 +14,7 @@ from moejax.verification.contracts.cases import quick_jit
 MASK = np.array([[True, True, False], [True, False, False]])
 TARGETS = np.array([[2, 0, 9], [1, 1, 1]])
 LOGITS = np.random.default_rng(0).standard_normal((2, 3, 4)).astype(np.float32)
-TOKEN_BYTES = np.array([1, 2, 3, 0])
+TOKEN_BYTES = np.array([1, 2, 3, 5])
 
 
 class FixedModel(Transformer):
@@ -31,10 +31,10 @@ class FixedModel(Transformer):
         return {"aux": 0.5}
 
 
-def run(objective, logits=LOGITS, mask=MASK):
+def run(objective, logits=LOGITS, mask=MASK, targets=TARGETS):
     batch = Batch(
         tokens=np.zeros_like(TARGETS),
-        targets=TARGETS,
+        targets=targets,
         loss_mask=mask,
         segment_ids=np.ones_like(TARGETS),
         positions=np.zeros_like(TARGETS),
@@ -83,3 +83,15 @@ def test_a_target_outside_the_vocabulary_is_nan_where_it_counts():
     """Row 0's third target is 9 of 4: masked above, so harmless; unmasked, it must show."""
     assert np.isfinite(run(NextToken()).terms["lm"][0])
     assert np.isnan(run(NextToken(), mask=np.ones_like(MASK)).terms["lm"][0])
+
+
+@pytest.mark.parametrize("unknown", [-1, -4, -100, 4])
+def test_no_unknown_target_is_taken_for_another_token(unknown):
+    """Of -1 to -4 indexing would count from the end; -100 is what other tools mask with."""
+    targets = TARGETS.copy()
+    targets[0, 2] = unknown
+    assert np.isfinite(run(NextToken(), targets=targets).terms["lm"][0])
+    every = np.ones_like(MASK)
+    result = run(NextToken(), mask=every, targets=targets)
+    assert np.isnan(result.terms["lm"][0])
+    assert result.measures["bits_per_byte"][1] == 3 + 1 + 2 + 2 + 2

@@ -13,6 +13,7 @@ from moejax.layers.mixing.bank import LoRABank
 from moejax.models.adapter import Adapter
 from moejax.objectives.lm import NextToken
 from moejax.objectives.remix import RLOO, leave_one_out
+from moejax.objectives.roma import RoMA
 from moejax.types import Batch
 from moejax.verification.contracts.cases import quick_jit
 from tests.models.tiny_model import VOCAB, dense, random_model_variables
@@ -117,6 +118,15 @@ def test_without_a_key_it_is_next_token_prediction(variables):
     )
     assert ours.terms == plain.terms
     assert ours.terms.keys() == {"lm"}
+
+
+def test_an_objective_that_would_not_teach_the_router_is_refused_in_training_only(variables):
+    tuned = (NextToken(), RoMA(neighbours="", weight=0.0))
+    for objective in tuned:
+        run = lambda v, key, o=objective: result_of(o, v, key)
+        with pytest.raises(UserError, match=r"does not use it: set objective to .*\.RLOO"):
+            jax.eval_shape(run, variables, jax.random.key(0))
+        jax.eval_shape(run, variables, None)
 
 
 def test_what_it_cannot_teach_is_refused(variables):

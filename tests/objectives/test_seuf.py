@@ -75,6 +75,17 @@ def test_the_terms_are_of_the_right_source(found, by_hand):
     assert not any("trace" in own for own in found.stats.values())
 
 
+def test_an_unknown_target_has_no_bytes_and_no_finite_loss(model, variables):
+    targets = BATCH.targets.copy()
+    at = tuple(np.argwhere(BATCH.loss_mask & (SOURCES == 0))[0])
+    targets[at] = -1
+    batch = dataclasses.replace(BATCH, targets=targets)
+    found = quick_jit(lambda v: result(model, v, batch))(variables)
+    assert np.isnan(found.terms["forget"][0])
+    known = BATCH.loss_mask & (targets >= 0)
+    assert found.measures["bits_per_byte"][1] == targets[known].sum()
+
+
 def test_the_weights_ascend_on_what_is_forgotten(model):
     weights = OBJECTIVE.weights(model)
     assert (weights["forget"], weights["lm"], weights["anchor"]) == (-1.0, 0.5, 1.0)

@@ -20,7 +20,12 @@ def make_params(dtype=jnp.float32):
         "embed": {"embedding": (11, 4)},
         "blocks": {
             "attention_norm": {"scale": (3, 4)},
-            "attention": {"kernel": (3, 4, 4), "bias": (3, 4), "q_norm": {"scale": (3, 2)}},
+            "attention": {
+                "kernel": (3, 4, 4),
+                "bias": (3, 4),
+                "q_norm": {"scale": (3, 2)},
+                "sinks": (3, 2),
+            },
             "experts": {"w_up": (3, 2, 4, 5)},
         },
         "unembed": {"kernel": (4, 11)},

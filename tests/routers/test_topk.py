@@ -130,6 +130,16 @@ def test_ties_go_to_the_lower_expert():
     np.testing.assert_array_equal(from_logits(TopK(k=3), np.zeros(8)).experts, [[0, 1, 2]])
 
 
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_logits_decide_where_scores_round_alike(score):
+    """Sigmoids saturate upwards, and softmaxes vanish."""
+    logits = np.array([20, 22, 21, 140, 24, 23] if score == "sigmoid" else [0, 2, 1, 140, 4, 3])
+    routing = from_logits(TopK(k=4, score=score), np.float32(logits))
+    scores = np.unique(np.delete(routing.probs[0], 3))
+    assert len(scores) == 1
+    np.testing.assert_array_equal(routing.experts, [[3, 4, 5, 1]])
+
+
 def test_sigmoid_probabilities_sum_to_one_for_the_balance_loss():
     routing = from_logits(TopK(k=2, score="sigmoid"), np.array([3.0, -2.0, 0.5]))
     scores = 1 / (1 + np.exp(-np.array([3.0, -2.0, 0.5])))

@@ -23,7 +23,8 @@ class Sequence(nn.Module):
     """The mean of the features of the tokens so far, the own one included, within a segment.
 
     Causal, so that a model that generates sees what it saw in training. Decoding keeps the sum and
-    the number of tokens in the collection `cache`.
+    the number of tokens in the collection `cache`; of a sum no token can be taken back, so a token
+    at another position than the next gives NaN.
     """
 
     @nn.compact
@@ -31,12 +32,17 @@ class Sequence(nn.Module):
         real = context.token_mask[..., None]
         # The number of tokens is one more feature.
         features = jnp.concatenate([x.astype(at_least_f32(x.dtype)), real], axis=-1)
-        sums = _sums_so_far(jnp.where(real, features, 0), _begins(context.segment_ids))
-        if context.decode:  # a row is one sequence
+        begins = _begins(jnp.asarray(context.segment_ids))
+        if context.decode:  # a row is one sequence, and padding, before or behind, ends none
+            begins = jnp.zeros_like(begins)
+        sums = _sums_so_far(jnp.where(real, features, 0), begins)
+        if context.decode:
             shape = (x.shape[0], 1, sums.shape[-1])
             before = self.variable("cache", "sums", jnp.zeros, shape, sums.dtype)
             sums = sums + before.value
             before.value = sums[:, -1:]
+            next_ones = sums[..., -1:] == context.positions[..., None] + 1
+            sums = jnp.where(real & ~next_ones, jnp.nan, sums)
         return (sums[..., :-1] / jnp.maximum(sums[..., -1:], 1)).astype(x.dtype)
 
 
@@ -73,7 +79,7 @@ class Static(nn.Module):
 
 
 def _begins(segment_ids: Int[Array, "B S"]) -> Bool[Array, "B S 1"]:
-    """Where a segment begins; a decoded chunk continues what came before it."""
+    """Where a segment begins within a row."""
     changes = segment_ids[:, 1:] != segment_ids[:, :-1]
     return jnp.pad(changes, ((0, 0), (1, 0)))[..., None]
 

@@ -82,23 +82,30 @@ def a_packed_segment_equals_the_segment_alone(case: SequenceCase) -> None:
 
 
 def decoding_token_by_token_equals_the_whole(case: SequenceCase) -> None:
-    """Two ragged sequences (4 and 5 tokens), a prefill of 2 and then one token at a time."""
+    """Two sequences (4 and 5 tokens), prompts of 1 and 3 beside each other, then token by token.
+
+    As generation does it: what stands behind the shorter prompt is padding, each row goes on at its
+    own position, and a row that has ended gets padding.
+    """
     x = np.stack([np.pad(case.x[0, 3:], ((0, 1), (0, 0))), case.x[1, :5]])
-    lengths = np.array([4, 5])
+    prompts, lengths = np.array([1, 3]), np.array([4, 5])
     make = lambda mask, **changes: case.make_context(
         mask, slice(None), slice(0, mask.shape[1]), **changes
     )
     whole = case.run(case.variables, x, make(np.arange(5) < lengths[:, None]))
     step = quick_jit(lambda v, x, c: case.method.apply(v, x, c, mutable=["cache"]))
-    variables, outputs = case.variables, []
-    for start, stop in ((0, 2), (2, 3), (3, 4), (4, 5)):
-        positions = np.broadcast_to(np.arange(start, stop, dtype=np.int32), (2, stop - start))
-        context = make(positions < lengths[:, None], positions=jnp.asarray(positions))
-        context = context.replace(decode=True, cache_length=8)
-        y, cache = step(variables, x[:, start:stop], context)
+    variables, got = case.variables, np.full(whole.shape, np.nan)
+    prefill = np.broadcast_to(np.arange(prompts.max()), (2, prompts.max()))
+    chunks = [(prefill, prompts), *((prompts[:, None] + i, lengths) for i in range(3))]
+    for positions, ends in chunks:
+        mask = positions < ends[:, None]
+        own = np.take_along_axis(x, np.minimum(positions, 4)[..., None], axis=1)
+        own = np.where(mask[..., None], own, 100.0).astype(np.float32)
+        context = make(mask, positions=jnp.asarray(positions, jnp.int32))
+        y, cache = step(variables, own, context.replace(decode=True, cache_length=8))
         variables = case.variables | cache
-        outputs.append(y)
-    got = np.concatenate(outputs, axis=1)
+        rows, columns = np.nonzero(mask)
+        got[rows, positions[rows, columns]] = np.asarray(y)[rows, columns]
     for row, length in enumerate(lengths):
         np.testing.assert_allclose(got[row, :length], whole[row, :length], rtol=1e-5, atol=1e-6)
 
