@@ -49,6 +49,7 @@ class Architecture:
     def config(self, source: ConfigJson) -> fdl.Config:
         """The config of the `Transformer` that `source` describes."""
         config = self.template()
+        _check_causal(source)
         for field in self.fields:
             field.read(source, config)
         if unread := source.unread():
@@ -58,6 +59,20 @@ class Architecture:
     def json(self, model: Any) -> Json:
         """What config.json says of `model`; what it cannot say is left out."""
         return {key: value for field in self.fields for key, value in field.write(model).items()}
+
+
+def _check_causal(source: ConfigJson) -> None:
+    """Raises UserError where positions see later ones, as any file may ask of transformers 5.
+
+    Files of ours state neither key: causal is what a file without them means.
+    """
+    for key, causal in (("is_causal", True), ("use_bidirectional_attention", False)):
+        source.get(key, None)  # it is known
+        # A null is no absence for transformers, which takes it for false.
+        if bool(value := source.values.get(key, causal)) is not causal:
+            raise source.refuse(
+                f"{key}={value!r} is not supported, only {causal!r}: attention here is causal"
+            )
 
 
 @functools.cache

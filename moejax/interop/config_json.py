@@ -57,7 +57,9 @@ class ConfigJson:
         return sorted(
             key
             for key, value in self.values.items()
-            if key not in self.asked | _NO_EFFECT and value not in (None, False, [], {})
+            if key not in self.asked | _NO_EFFECT and value not in (None, [], {})
+            # A switch that is off may be one that is on by default.
+            if value or key not in _USUALLY_OFF
         )
 
 
@@ -95,4 +97,27 @@ _NO_EFFECT = {
     "seq_aux",
     "transformers_version",
     "use_cache",
+}
+
+# What files may state as false or 0, and these models lack anyway.
+_USUALLY_OFF = {
+    "add_cross_attention",
+    "diversity_penalty",
+    "do_sample",
+    "early_stopping",
+    "embd_pdrop",
+    "encoder_no_repeat_ngram_size",
+    "hidden_dropout",
+    "is_decoder",
+    "is_encoder_decoder",
+    "min_length",
+    "no_repeat_ngram_size",
+    "output_scores",
+    "remove_invalid_values",
+    "resid_pdrop",
+    "return_dict_in_generate",
+    "tf_legacy_loss",
+    "tie_encoder_decoder",
+    "torchscript",
+    "use_bfloat16",
 }

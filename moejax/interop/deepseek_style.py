@@ -22,11 +22,11 @@ from moejax.interop.fields import (
     Stated,
     value_at,
 )
-from moejax.interop.rope_fields import RopeField
+from moejax.interop.rope_fields import RopeField, rope_parameters
 from moejax.interop.views import AS_IS, TRANSPOSED, Form, Pairs, Tensors, View
 from moejax.layers.linear import Linear
 from moejax.layers.norm import RMSNorm
-from moejax.layers.rope import Rope
+from moejax.layers.rope import Rope, YarnScaling
 
 ATTENTION = llama.ATTENTION
 
@@ -78,6 +78,21 @@ class _KeyHeads:
         return {"num_key_value_heads": value_at(model, ["block", "attention", "num_heads"])}
 
 
+@dataclasses.dataclass(frozen=True)
+class _Rope(RopeField):
+    """`mscale_all_dim` multiplies the logits by any rule in transformers, and by YaRN's here."""
+
+    def read(self, source: ConfigJson, config: fdl.Config) -> None:
+        super().read(source, config)
+        scaling = config.block.attention.rope.scaling
+        factor = rope_parameters(source).get("mscale_all_dim")
+        if factor and scaling is not None and fdl.get_callable(scaling) is not YarnScaling:
+            raise source.refuse(
+                f"mscale_all_dim={factor} is not supported with this rope_type, only with 'yarn': "
+                "remove it if the model was trained without"
+            )
+
+
 FIELDS: tuple[FieldLike, ...] = (
     *(f for f in llama.FIELDS if f.key not in ("num_key_value_heads", "head_dim")),
     _KeyHeads(),
@@ -90,7 +105,7 @@ FIELDS: tuple[FieldLike, ...] = (
     Stated("head_dim"),
     Stated("qk_head_dim"),
     Field("attention_bias", (f"{ATTENTION}.use_bias",), default=False),
-    RopeField(),
+    _Rope(),
     DenseFirst(),
     Only("moe_layer_freq", 1),
     llama.epsilon(default=1e-6),

@@ -11,18 +11,24 @@ from moejax.errors import UserError
 from moejax.interop import architecture as architectures
 from moejax.interop.architecture import Architecture
 from moejax.interop.config_json import ConfigJson
-from moejax.interop.fields import Json
+from moejax.interop.fields import Json, Stated
 from moejax.interop.same_model import differences
 from moejax.models.transformer import Transformer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Description:
-    """A config.json: its values, its architecture, and the model that it describes."""
+    """A config.json: its values, its architecture, and the model that it describes.
+
+    Attributes:
+      unsettled: {leaf: the key that says how it is stored}, where no file was at hand: a model
+        does not say it, so a file of the same model may say otherwise.
+    """
 
     architecture: Architecture
     values: Json
     model: Transformer
+    unsettled: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def read(path: pathlib.Path, values: Json | None = None) -> Description:
@@ -71,10 +77,23 @@ def of(model: Transformer) -> Description:
             continue
         found[name] = differences(model, description.model)
         if not found[name]:
-            return description
+            return dataclasses.replace(description, unsettled=_unsettled(description))
     found = found or unable
     nearest = min(found, key=lambda name: len(found[name]))
     raise UserError(
         f"no Hugging Face architecture is this model; the nearest is {nearest}, but here "
         f"{'; '.join(found[nearest])}"
     )
+
+
+def _unsettled(description: Description) -> dict[str, str]:
+    """Leaves that are stored otherwise where a value is another, of which models say nothing."""
+    architecture, found = description.architecture, {}
+    for field in architecture.fields:
+        if not isinstance(field, Stated) or not isinstance(field.value, bool):
+            continue
+        values = description.values | {field.key: not field.value}
+        other = architecture.tensors_of(ConfigJson(pathlib.Path("config.json"), values))
+        changed = [leaf for leaf, forms in other.items() if forms != architecture.tensors[leaf]]
+        found |= dict.fromkeys(changed, field.key)
+    return found

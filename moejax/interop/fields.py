@@ -121,17 +121,21 @@ def _unsupported(source: ConfigJson, key: str, value: Any, known: Any) -> UserEr
     )
 
 
+# For every layer whether it has a window, given the file and the number of layers.
+Slides = Callable[[ConfigJson, int], list[bool]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Windows:
     """Sliding windows: which layers have one, and its width in positions.
 
     Attributes:
-      slides: for every layer whether it has a window, given the file and their number.
+      slides: which layers have one.
       default: the width where the file has none.
       states: the keys, beside the width, that this architecture's files state.
     """
 
-    slides: Callable[[ConfigJson, int], list[bool]]
+    slides: Slides
     default: int | None = None
     states: tuple[str, ...] = ()
 
@@ -139,6 +143,9 @@ class Windows:
         width = source.get("sliding_window", self.default)
         source.get("use_sliding_window", None)
         layers = self.slides(source, config.num_layers)
+        # A null is no absence for transformers, which does not take it for the default.
+        if any(layers) and source.values.get("sliding_window", width) is None:
+            raise source.refuse("layers have a window, but sliding_window is null: state its width")
         config.windows = _cycle(tuple(width if has_window else None for has_window in layers))
 
     def write(self, model: Any) -> Json:
@@ -154,14 +161,33 @@ def every_layer(source: ConfigJson, num_layers: int) -> list[bool]:
     return [source.get("sliding_window", None) is not None] * num_layers
 
 
+def window_used(source: ConfigJson) -> bool:
+    """Whether any layer may slide: a width of null is none, and no width is transformers' 4096."""
+    width = source.values.get("sliding_window", 4096)
+    return bool(source.get("use_sliding_window", False)) and width is not None
+
+
 def if_used(source: ConfigJson, num_layers: int) -> list[bool]:
-    """Every layer slides where `use_sliding_window` says so (Qwen3)."""
-    return [source.get("use_sliding_window", False)] * num_layers
+    """Every layer slides where `use_sliding_window` says so (Qwen3-MoE)."""
+    return [window_used(source)] * num_layers
 
 
-def by_layer_types(
-    default: Callable[[ConfigJson, int], list[bool]],
-) -> Callable[[ConfigJson, int], list[bool]]:
+def by_layer_types_if_used(default: Slides) -> Slides:
+    """`by_layer_types`, refused where it names a window that is not used (other Qwen)."""
+
+    def slides(source: ConfigJson, num_layers: int) -> list[bool]:
+        layers = by_layer_types(default)(source, num_layers)
+        if any(layers) and not window_used(source):
+            raise source.refuse(
+                "layer_types names sliding_attention, but use_sliding_window and sliding_window "
+                "give it no width"
+            )
+        return layers
+
+    return slides
+
+
+def by_layer_types(default: Slides) -> Slides:
     """As `layer_types` lists them; older files without it mean `default`."""
 
     def slides(source: ConfigJson, num_layers: int) -> list[bool]:

@@ -26,6 +26,7 @@ from moejax.errors import UserError
 from moejax.interop import description as descriptions
 from moejax.interop import moe_peft, moe_peft_config, peft_config, peft_reading, peft_writing
 from moejax.interop.architecture import Architecture
+from moejax.interop.description import Description
 from moejax.interop.moe_peft_parts import adapter_leaves, is_mixture
 from moejax.interop.peft_sites import equal_bits
 from moejax.interop.tensor_files import DTYPES
@@ -56,18 +57,20 @@ def save(
       variables: with the collection `lora`; leaves are arrays, or give one at `[()]`.
       directory: new or empty.
       base_model: the name or folder by which PEFT finds the base model on its own.
-      source: a Hugging Face folder of the base model; without it, the architecture is found out.
+      source: a Hugging Face folder of the base model; without it, the architecture is found out,
+        which is not enough where only config.json says how outputs are ordered (DeepSeek-V3).
 
     Raises:
-      UserError: `directory` holds something, the model has no known architecture, or PEFT, of
-        mixtures MoE-PEFT, has no words for its adapter.
+      UserError: `directory` holds something, the model has no known architecture or needs a
+        `source`, or PEFT, of mixtures MoE-PEFT, has no words for its adapter.
     """
     if model.adapter is None:
         raise UserError("the model has no adapter: save it with `moejax export-hf`")
-    architecture = _architecture(model, source)
+    base = _description(model, source)
     arrays = {path: np.asarray(x[()]) for path, x in _leaves(variables, model).items()}
     layout = moe_peft if is_mixture(model) else peft_writing
-    config, tensors = layout.content(model, arrays, architecture)
+    config, tensors = layout.content(model, arrays, base.architecture)
+    _check_settled(model, base)  # last: a source does not help where there are no words
     files = [
         Tensor(name=name, shape=x.shape, dtype=x.dtype, compute=lambda x=x: x)
         for name, x in tensors.items()
@@ -75,7 +78,7 @@ def save(
     with appearing_whole(pathlib.Path(directory)) as partial:
         write_file(partial / peft_reading.WEIGHTS, files)
         write_json(partial / peft_config.FILE, config.json(base_model=base_model))
-        again = _loaded(partial, model, architecture)
+        again = _loaded(partial, model, base.architecture)
         for path, array in arrays.items():
             if again[path].dtype != array.dtype or not equal_bits([array, again[path]]):
                 raise ValueError(f"{path} would not be read as it was written")
@@ -93,13 +96,16 @@ def adapter_config(
       source: as in `save`.
 
     Raises:
-      UserError: a file is missing or damaged; the adapter is of another base model, or has what
-        `Adapter` cannot express.
+      UserError: a file is missing or damaged; the adapter is of another base model, needs a
+        `source`, or has what `Adapter` cannot express.
     """
-    directory, architecture = pathlib.Path(directory), _architecture(model, source)
+    directory, base = pathlib.Path(directory), _description(model, source)
     if moe_peft_config.describes(directory):
-        return moe_peft.adapter(directory, model, architecture)
-    return peft_reading.read(directory, model, architecture).adapter
+        found = moe_peft.adapter(directory, model, base.architecture)
+    else:
+        found = peft_reading.read(directory, model, base.architecture).adapter
+    _check_settled(dataclasses.replace(model, adapter=fdl.build(found)), base)
+    return found
 
 
 def holds_mixture(directory: PathLike) -> bool:
@@ -168,10 +174,28 @@ def _loaded(
 
 
 def _architecture(model: Transformer, source: PathLike | None) -> Architecture:
+    base = _description(model, source)
+    _check_settled(model, base)
+    return base.architecture
+
+
+def _description(model: Transformer, source: PathLike | None) -> Description:
     if source is None:
-        return descriptions.of(model).architecture
-    path = pathlib.Path(source) / "config.json"
-    return descriptions.of_same_model(path, model).architecture
+        return descriptions.of(model)
+    return descriptions.of_same_model(pathlib.Path(source) / "config.json", model)
+
+
+def _check_settled(model: Transformer, base: Description) -> None:
+    """Raises UserError where a factor may be stored in one order or another."""
+    adapted = adapter_leaves(model) if model.adapter is not None else ()
+    for kernel, key in base.unsettled.items():
+        module = kernel.removesuffix("kernel")
+        if any(leaf.split("/", 2)[2].startswith(module) for leaf in adapted):
+            raise UserError(
+                f"{key} in the base model's config.json says how the adapter of "
+                f"{module.strip('/').replace('/', '.')} is stored, and the model does not: give "
+                "source=, the folder of the base model with its config.json (hf/ of a run)"
+            )
 
 
 def _leaves(variables: Variables, model: Transformer) -> dict:

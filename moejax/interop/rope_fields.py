@@ -11,7 +11,7 @@ from moejax.interop.config_json import ConfigJson
 from moejax.interop.fields import Json, value_at
 from moejax.layers.rope import LinearScaling, Llama3Scaling, LongRopeScaling, YarnScaling
 
-_CONTEXT = "original_max_position_embeddings"
+_CONTEXT, _FRACTION = "original_max_position_embeddings", "partial_rotary_factor"
 
 # {rope_type: (our class, {the file's name: ours})}
 Scalings = dict[str, tuple[type, dict[str, str]]]
@@ -61,24 +61,24 @@ class RopeField:
     """The base, the rotated fraction of a head, and the scaling rule of long contexts.
 
     Attributes:
-      theta, fraction, scaling: what a file without these means, in the file's own terms.
+      theta, scaling: what a file without these means, in the file's own terms.
+      fraction: likewise; None where transformers rotates whole heads whatever a file says.
       known: the scaling rules that files of this architecture may have.
     """
 
     theta: float = 10_000.0
-    fraction: float = 1.0
+    fraction: float | None = None
     scaling: dict[str, Any] = dataclasses.field(default_factory=dict)
     known: Scalings = dataclasses.field(default_factory=lambda: _SCALINGS)
 
     def read(self, source: ConfigJson, config: fdl.Config) -> None:
-        stated = _both(source) or self.scaling
+        stated = rope_parameters(source) or self.scaling
         if any(isinstance(value, dict) for value in stated.values()):
             raise source.refuse("rope_parameters differ between kinds of layers: not supported")
         theta = source.get("rope_theta", self.theta)
-        fraction = source.get("partial_rotary_factor", self.fraction)
         rope = config.block.attention.rope
         rope.theta = float(stated.get("rope_theta", theta))
-        rope.fraction = float(stated.get("partial_rotary_factor", fraction))
+        rope.fraction = self._fraction(source, stated)
         rope.scaling = _scaling(source, stated, self.known)
 
     def write(self, model: Any) -> Json:
@@ -86,12 +86,23 @@ class RopeField:
         if rope is None:
             return {}
         shape: Json = {"rope_theta": rope.theta}
-        if rope.fraction != 1 or self.fraction != 1:
-            shape["partial_rotary_factor"] = rope.fraction
+        if self.fraction is not None:
+            shape[_FRACTION] = rope.fraction
         rule = _rule(rope.scaling, self.known)
         # Both generations: transformers before 5 reads rope_scaling and the values beside it.
         old = shape | ({"rope_scaling": rule} if rope.scaling else {})
         return old | {"rope_parameters": rule | shape}
+
+    def _fraction(self, source: ConfigJson, stated: Json) -> float:
+        fraction = source.get(_FRACTION, 1.0 if self.fraction is None else self.fraction)
+        if stated.get(_FRACTION) is not None:
+            fraction = stated[_FRACTION]
+        if self.fraction is None and fraction != 1:
+            raise source.refuse(
+                f"{_FRACTION}={fraction} is not supported, only 1: transformers rotates whole "
+                "heads of this model_type, so remove the value if its heads were trained whole"
+            )
+        return float(fraction)
 
 
 def _scaling(source: ConfigJson, stated: Json, scalings: Scalings) -> fdl.Config | None:
@@ -133,7 +144,7 @@ def _typed(cls: type, name: str, value: Any) -> Any:
     return float(value) if kind.startswith("float") else value
 
 
-def _both(source: ConfigJson) -> Json:
+def rope_parameters(source: ConfigJson) -> Json:
     """`rope_scaling` and `rope_parameters` together; UserError where they disagree."""
     old, new = source.get("rope_scaling", {}), source.get("rope_parameters", {})
     if clash := [key for key in old.keys() & new.keys() if old[key] != new[key]]:

@@ -10,11 +10,10 @@ import pytest
 from moejax.balance.loss_free import LossFreeBias
 from moejax.errors import UserError
 from moejax.interop import hf
-from moejax.layers.rope import Rope, YarnScaling
+from moejax.layers.rope import LinearScaling, Rope, YarnScaling
 from moejax.models.flops import size
 from tests.interop.tiny_checkpoints import (
     MODELS,
-    edit_config,
     edit_tensors,
     tensors,
     variables,
@@ -30,6 +29,7 @@ YARN = {
     "original_max_position_embeddings": 4096,
     "type": "yarn",
 }
+LINEAR = {"rope_type": "linear", "factor": 4.0}
 V3 = {  # deepseek-ai/DeepSeek-V3
     "architectures": ["DeepseekV3ForCausalLM"],
     "attention_bias": False,
@@ -172,6 +172,17 @@ def test_the_published_v2_chooses_among_the_best_groups(config_of):
         (V3, {"scoring_func": "softmax"}, "scoring_func='softmax' is not supported"),
         (V3, {"topk_method": "greedy"}, "topk_method='greedy' is not supported, only 'noaux_tc'"),
         (V3, {"moe_layer_freq": 2}, "moe_layer_freq=2 is not supported"),
+        (V3, {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported, only 1"),
+        (
+            V3,
+            {"rope_scaling": LINEAR | {"mscale_all_dim": 1.0}},
+            "mscale_all_dim=1.0 is not supported with this rope_type, only with 'yarn'",
+        ),
+        (
+            V2,
+            {"rope_scaling": None, "rope_parameters": LINEAR | {"mscale_all_dim": 0.7}},
+            "mscale_all_dim=0.7 is not supported with this rope_type",
+        ),
         (V2, {"topk_method": "noaux_tc"}, "topk_method='noaux_tc' is not supported"),
         (V2, {"topk_group": None}, "lacks topk_group"),
         (V2, {"norm_topk_prob": True}, "norm_topk_prob=True is not supported"),
@@ -184,11 +195,13 @@ def test_what_cannot_be_read_is_one_sentence(config_of, values, changes, text, t
     assert "\n" not in str(error.value)
 
 
-def test_part_of_the_rotated_part_cannot_be_left_out(tmp_path):
-    written("deepseek_v3", tmp_path / "hf")
-    edit_config(tmp_path / "hf", partial_rotary_factor=0.5, rope_parameters=..., rope_scaling=...)
-    with pytest.raises(UserError, match="attention.rope.fraction=0.5 must be 1"):
-        hf.load(tmp_path / "hf")
+def test_scaling_rules_that_leave_the_logits_alone(config_of):
+    """transformers reads `mscale_all_dim` with every rule, and without a rule not at all."""
+    for stated in (LINEAR, LINEAR | {"mscale_all_dim": 0}):
+        rope = fdl.build(config_of(V3, rope_scaling=stated)).block.attention.rope
+        assert rope == Rope(theta=10_000.0, scaling=LinearScaling(factor=4.0))
+    stated = {"rope_type": "default", "mscale_all_dim": 1.0}
+    assert fdl.build(config_of(V3, rope_scaling=stated)).block.attention.rope == Rope()
 
 
 @pytest.mark.parametrize(

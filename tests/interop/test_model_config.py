@@ -43,6 +43,7 @@ QWEN3 = OLMOE | {
     "use_sliding_window": False,
     "sliding_window": None,
 }
+QWEN2 = QWEN3 | {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 64}
 GPT_OSS = OLMOE | {"model_type": "gpt_oss", "head_dim": 64, "sliding_window": 128}
 
 
@@ -117,6 +118,10 @@ SLIDING, FULL = "sliding_attention", "full_attention"
         (QWEN3, {}, (None,)),
         (QWEN3, {"sliding_window": 9}, (None,)),  # not used
         (QWEN3, {"sliding_window": 9, "use_sliding_window": True}, (9,)),
+        (QWEN3, {"sliding_window": ..., "use_sliding_window": True}, (4096,)),
+        (QWEN3, {"sliding_window": None, "use_sliding_window": True}, (None,)),
+        (QWEN2, {"sliding_window": 9, "use_sliding_window": True}, (9, None)),
+        (QWEN2, {"sliding_window": None, "use_sliding_window": True}, (None,)),
         (OLMOE | {"model_type": "mixtral"}, {"sliding_window": 9}, (9,)),
         (OLMOE | {"model_type": "mixtral"}, {}, (None,)),
         (GPT_OSS, {}, (128, None)),
@@ -165,6 +170,17 @@ def test_dense_layers(config_of):
         ),
         (QWEN3, {"mlp_only_layers": [3]}, r"mlp_only_layers=\[3\] with decoder_sparse_step=1"),
         (GPT_OSS, {"layer_types": [FULL]}, "for each of the 16 layers"),
+        (GPT_OSS, {"sliding_window": None}, "a window, but sliding_window is null: state its wi"),
+        (
+            QWEN2,
+            {"layer_types": [SLIDING] * 16, "sliding_window": 9},
+            "layer_types names sliding_attention, but use_sliding_window and sliding_window give",
+        ),
+        (
+            QWEN2,
+            {"layer_types": [SLIDING] * 16, "use_sliding_window": True},
+            "layer_types names sliding_attention, but use_sliding_window and sliding_window give",
+        ),
         (GPT_OSS, {"swiglu_limit": 10.0}, "swiglu_limit=10.0 is not supported, only 7.0"),
     ],
 )
@@ -180,6 +196,17 @@ def test_what_the_model_refuses_names_the_file(config_of, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_an_unknown_value_is_reported(config_of, caplog):
-    config_of(OLMOE, new_kind_of_gate=3)
+@pytest.mark.parametrize("value", [3, True, False, 0])
+def test_an_unknown_value_is_reported(config_of, caplog, value):
+    """Off or 0 too: it may be on by default."""
+    config_of(OLMOE, new_kind_of_gate=value)
     assert "ignored, as unknown here: new_kind_of_gate" in caplog.text
+
+
+def test_what_transformers_writes_of_itself_is_not_reported(config_of, caplog):
+    off = ("add_cross_attention", "is_decoder", "is_encoder_decoder", "torchscript", "do_sample")
+    usual = dict.fromkeys((*off, "output_attentions", "use_cache"), False)
+    config_of(OLMOE, **usual, hidden_dropout=0.0, min_length=0, pruned_heads={}, prefix=None)
+    assert not caplog.records
+    config_of(OLMOE, add_cross_attention=True)
+    assert "ignored, as unknown here: add_cross_attention" in caplog.text

@@ -12,12 +12,13 @@ from moejax.adapters.lora import LoRA
 from moejax.adapters.mixed import MixedLinear
 from moejax.errors import UserError
 from moejax.experts.dense import DenseGLU
-from moejax.interop import peft, torch_file
+from moejax.interop import hf, peft, torch_file
 from moejax.layers.mixing.router import TopK
 from moejax.models.adapter import Adapter
 from tests.interop.mixtures import ADAPTERS, BANK, LLAMA, MOLA
 from tests.interop.peft_folders import CONFIG, WEIGHTS, adapted, edit, factors
 from tests.interop.tiny_checkpoints import MODELS
+from tests.models.tiny_model import random_model_variables
 
 GATE = "mixlora.layers.0.mlp.moe_gate.weight"
 EXPERT = "mixlora.layers.1.mlp.up_proj.experts.2.lora_B.weight"
@@ -204,6 +205,24 @@ def test_a_model_with_another_adapter(originals, changes, text):
     model = adapted(LLAMA, dataclasses.replace(MOLA, **changes))
     with pytest.raises(UserError, match=re.escape(text)):
         peft.load(originals / "mola", model)
+
+
+def test_an_order_that_only_config_json_says_asks_for_it(tmp_path):
+    """Queries of DeepSeek-V3 without a latent, the one projection there that MoE-PEFT can name."""
+    block = MODELS["deepseek_v3"].block
+    block = block.clone(attention=block.attention.clone(q_lora_rank=None))
+    base = dataclasses.replace(MODELS["deepseek_v3"], block=block)
+    model = adapted(base, dataclasses.replace(MOLA, targets=("attention.query",)))
+    hf.save(base, random_model_variables(base), tmp_path / "base")
+    folder, source, variables = tmp_path / "adapter", tmp_path / "base", factors(model)
+    asked = "rope_interleave .* attention.query is .*: give source="
+    with pytest.raises(UserError, match=asked):
+        peft.save(model, variables, folder)
+    peft.save(model, variables, folder, source=source)
+    for read in (peft.adapter_config, peft.load):
+        with pytest.raises(UserError, match=asked):
+            read(folder, model)
+        read(folder, model, source=source)
 
 
 def test_a_mixture_where_the_folder_holds_plain_lora(tmp_path):

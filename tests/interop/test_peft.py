@@ -1,6 +1,7 @@
 """Adapters of PEFT without PEFT: the layout it documents, and every bit both ways."""
 
 import dataclasses
+import functools
 import itertools
 import json
 
@@ -27,7 +28,7 @@ from tests.interop.peft_folders import (
     settings,
     tensors,
 )
-from tests.interop.tiny_checkpoints import MODELS, edit_tensors, written
+from tests.interop.tiny_checkpoints import MODELS, edit_config, edit_tensors, written
 
 GATED = ("ffn.experts.gate", "ffn.experts.up")
 E, R, D, F = 4, 2, 16, 8  # of the tiny OLMoE
@@ -67,18 +68,20 @@ def test_what_is_written_is_read_with_every_bit(name, dtype, tmp_path):
     model = adapted(MODELS[name], ADAPTERS[name])
     variables = factors(model)
     variables = {"lora": tree_of({p: x.astype(dtype) for p, x in _flat(variables)})}
-    peft.save(model, variables, tmp_path / "adapter", base_model="a/base")
+    source = written(name, tmp_path / "base") if name == "deepseek_v3" else None
+    save = functools.partial(peft.save, base_model="a/base", source=source)
+    save(model, variables, tmp_path / "adapter")
     assert settings(tmp_path / "adapter")["base_model_name_or_path"] == "a/base"
-    described = fdl.build(peft.adapter_config(tmp_path / "adapter", MODELS[name]))
+    described = fdl.build(peft.adapter_config(tmp_path / "adapter", MODELS[name], source=source))
     again = adapted(MODELS[name], described)
-    assert_same_bits(peft.load(tmp_path / "adapter", model), variables)
-    assert_same_bits(peft.load(tmp_path / "adapter", again), variables)
+    assert_same_bits(peft.load(tmp_path / "adapter", model, source=source), variables)
+    assert_same_bits(peft.load(tmp_path / "adapter", again, source=source), variables)
     if name != "mixtral":
         assert type(described.linear) is type(model.adapter.linear)
         assert described.linear.alpha == model.adapter.linear.alpha
     if model.adapter.experts is not None:
         assert described.experts == model.adapter.experts
-    peft.save(again, variables, tmp_path / "second", base_model="a/base")
+    save(again, variables, tmp_path / "second")
     for file in (CONFIG, WEIGHTS):
         first, second = (
             (tmp_path / folder / file).read_bytes() for folder in ("adapter", "second")
@@ -116,21 +119,26 @@ def assert_computes(base, folder, merge, tmp_path):
     edit_tensors(base, merge)
     np.testing.assert_allclose(ours, logits(*hf.load(base)), atol=2e-5, rtol=0)
     assert np.abs(ours - plain).max() > 0.1
-    peft.save(model, variables, tmp_path / "again")
+    peft.save(model, variables, tmp_path / "again", source=base)
     return model
 
 
+LATENT = ("q_b_proj", "kv_a_proj_with_mqa")
+
+
 @pytest.mark.parametrize(
-    "name, modules, paths, rslora",
+    "name, modules, paths, rslora, changes",
     [
-        ("olmoe", ("q_proj", "o_proj"), ("output", "query"), True),
-        # In a model whose outputs are stored in another order than ours.
-        ("deepseek_v3", ("q_b_proj", "kv_a_proj_with_mqa"), ("kv_down", "query_up"), False),
+        ("olmoe", ("q_proj", "o_proj"), ("output", "query"), True, {}),
+        # In a model whose outputs are stored in another order than ours, or are not.
+        ("deepseek_v3", LATENT, ("kv_down", "query_up"), False, {}),
+        ("deepseek_v3", LATENT, ("kv_down", "query_up"), False, {"rope_interleave": False}),
     ],
 )
-def test_projections_lie_as_peft_documents(name, modules, paths, rslora, tmp_path):
+def test_projections_lie_as_peft_documents(name, modules, paths, rslora, changes, tmp_path):
     """W [out, in] + s B A, with A [r, in] and B [out, r]."""
     base = written(name, tmp_path / "base")
+    edit_config(base, **changes)
     stored = safetensors.numpy.load_file(base / "model.safetensors")
     names = [f"model.layers.{layer}.self_attn.{module}" for layer in (0, 1) for module in modules]
     shapes = {name: stored[f"{name}.weight"].shape for name in names}

@@ -12,10 +12,18 @@ import pytest
 from moejax.adapters.lora import LoRA, RsLoRA
 from moejax.errors import UserError
 from moejax.experts.lora_glu import LoRAGLU, RsLoRAGLU
-from moejax.interop import peft
+from moejax.interop import hf, peft
 from moejax.models.adapter import Adapter
-from tests.interop.peft_folders import CONFIG, WEIGHTS, adapted, edit, factors
-from tests.interop.tiny_checkpoints import MODELS
+from tests.interop.peft_folders import (
+    CONFIG,
+    WEIGHTS,
+    adapted,
+    assert_same_bits,
+    edit,
+    factors,
+)
+from tests.interop.tiny_checkpoints import MODELS, edit_config
+from tests.models.tiny_model import random_model_variables
 
 BASE = MODELS["olmoe"]
 QUERY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -197,6 +205,58 @@ def test_an_adapter_that_peft_cannot_express_is_not_written(changes, text, tmp_p
     with pytest.raises(UserError, match=re.escape(text)):
         peft.save(model, factors(model), tmp_path / "adapter")
     assert not list(tmp_path.iterdir())
+
+
+UNSETTLED = "rope_interleave in the base model's config.json says how the adapter of attention."
+
+
+@pytest.mark.parametrize(
+    "changes, targets, named",
+    [
+        ({}, ("q_b_proj", "o_proj"), "query_up"),
+        ({}, ("kv_a_proj_with_mqa",), "kv_down"),
+        ({"q_lora_rank": None}, ("q_proj",), "query"),
+    ],
+)
+def test_an_order_that_only_config_json_says_asks_for_it(changes, targets, named, tmp_path):
+    """Two files of this model may store the outputs of a projection in different orders."""
+    base = MODELS["deepseek_v3"]
+    attention = base.block.attention.clone(**changes)
+    base = dataclasses.replace(base, block=base.block.clone(attention=attention))
+    model = adapted(base, Adapter(targets=targets, linear=LoRA(rank=2)))
+    whole = random_model_variables(base)
+    hf.save(base, whole, tmp_path / "base")
+    variables, folder = factors(model), tmp_path / "adapter"
+    text = re.escape(f"{UNSETTLED}{named} is stored, and the model does not: give source=")
+    with pytest.raises(UserError, match=text):
+        peft.save(model, variables, folder)
+    assert not folder.exists()
+    peft.save(model, variables, folder, source=tmp_path / "base")
+    for read in (peft.load, peft.stored, peft.adapter_config):
+        for one in (base, model) if read is peft.adapter_config else (model,):
+            with pytest.raises(UserError, match=text):
+                read(folder, one)
+            read(folder, one, source=tmp_path / "base")
+    edit_config(tmp_path / "base", rope_interleave=False)
+    other = peft.load(folder, model, source=tmp_path / "base")["lora"]["layers_1"]["attention"]
+    ours = variables["lora"]["layers_1"]["attention"]
+    assert np.array_equal(other[named]["a"], ours[named]["a"])
+    assert not np.array_equal(other[named]["b"], ours[named]["b"])
+
+
+@pytest.mark.parametrize(
+    "name, targets",
+    [
+        ("deepseek_v3", ("q_a_proj", "kv_b_proj", "o_proj", "experts.down")),
+        ("deepseek_v2", ("q_proj", "kv_a_proj_with_mqa")),  # which has one order
+    ],
+)
+def test_an_order_that_is_known_asks_for_nothing(name, targets, tmp_path):
+    adapter = Adapter(targets=targets, linear=LoRA(rank=2), experts=LoRAGLU(rank=2))
+    model = adapted(MODELS[name], adapter)
+    peft.save(model, factors(model), tmp_path / "adapter")
+    peft.adapter_config(tmp_path / "adapter", MODELS[name])
+    assert_same_bits(peft.load(tmp_path / "adapter", model), factors(model))
 
 
 def test_factors_that_are_not_the_models_are_not_written(tmp_path):

@@ -166,7 +166,7 @@ def test_a_killed_import_leaves_nothing_that_looks_whole(one, tmp_path, monkeypa
 
     with monkeypatch.context() as process:
         process.setattr(tensor_writer.shutil, "rmtree", lambda *_, **__: None)
-        process.setattr(run_directory, "claim", killed)  # everything else is written by then
+        process.setattr(run_directory, "store", killed)  # everything else is written by then
         with pytest.raises(KeyboardInterrupt):
             main(["import-hf", str(one), str(tmp_path / "out")])
     (left,) = set(tmp_path.iterdir()) - {one}

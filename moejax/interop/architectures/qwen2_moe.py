@@ -6,7 +6,13 @@ from moejax.experts.dense import DenseGLU
 from moejax.interop import llama_style as llama
 from moejax.interop.architecture import Architecture
 from moejax.interop.config_json import ConfigJson
-from moejax.interop.fields import DenseBetween, Field, Windows, by_layer_types
+from moejax.interop.fields import (
+    DenseBetween,
+    Field,
+    Windows,
+    by_layer_types_if_used,
+    window_used,
+)
 from moejax.interop.rope_fields import RopeField
 from moejax.interop.views import TRANSPOSED, Form
 
@@ -19,9 +25,9 @@ def _template() -> fdl.Config:
 
 def _alternating(source: ConfigJson, num_layers: int) -> list[bool]:
     """Every other layer below `max_window_layers`, where windows are used at all."""
-    used = source.get("use_sliding_window", False)
+    used = window_used(source)
     last = source.get("max_window_layers", 28)
-    return [bool(used) and i % 2 == 0 and i < last for i in range(num_layers)]
+    return [used and i % 2 == 0 and i < last for i in range(num_layers)]
 
 
 _SHARED_GATE = Form(llama.in_layer("mlp.shared_expert_gate.weight"), TRANSPOSED)
@@ -41,7 +47,7 @@ ARCHITECTURE = Architecture(
         Field("moe_intermediate_size", ("block.ffn.experts.d_ff",)),
         Field("shared_expert_intermediate_size", ("block.ffn.shared.d_ff",)),
         Windows(
-            by_layer_types(_alternating),
+            by_layer_types_if_used(_alternating),
             default=4096,
             states=("layer_types", "use_sliding_window"),
         ),

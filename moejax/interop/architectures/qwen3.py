@@ -7,7 +7,7 @@ import fiddle as fdl
 from moejax.interop import llama_style as llama
 from moejax.interop.architecture import Architecture
 from moejax.interop.config_json import ConfigJson
-from moejax.interop.fields import Field, Windows, by_layer_types
+from moejax.interop.fields import Field, Windows, by_layer_types_if_used, window_used
 from moejax.interop.rope_fields import RopeField
 from moejax.layers.norm import RMSNorm
 
@@ -18,26 +18,10 @@ def _template() -> fdl.Config:
     return config
 
 
-def _used(source: ConfigJson) -> bool:
-    """Whether any layer may slide: a width of null is none, and no width is transformers' 4096."""
-    width = source.values.get("sliding_window", 4096)
-    return bool(source.get("use_sliding_window", False)) and width is not None
-
-
 def _last_layers(source: ConfigJson, num_layers: int) -> list[bool]:
     """The layers from `max_window_layers` on."""
     first = source.get("max_window_layers", 28)
-    return [_used(source) and i >= first for i in range(num_layers)]
-
-
-def _slides(source: ConfigJson, num_layers: int) -> list[bool]:
-    layers = by_layer_types(_last_layers)(source, num_layers)
-    if any(layers) and not _used(source):
-        raise source.refuse(
-            "layer_types names sliding_attention, but use_sliding_window and sliding_window give "
-            "it no width"
-        )
-    return layers
+    return [window_used(source) and i >= first for i in range(num_layers)]
 
 
 ARCHITECTURE = Architecture(
@@ -49,7 +33,11 @@ ARCHITECTURE = Architecture(
         RopeField(),
         llama.epsilon(default=1e-6),
         llama.attention_bias(output=True, default=False),
-        Windows(_slides, default=4096, states=("layer_types", "use_sliding_window")),
+        Windows(
+            by_layer_types_if_used(_last_layers),
+            default=4096,
+            states=("layer_types", "use_sliding_window"),
+        ),
     ),
     tensors=llama.DENSE | llama.QK_NORM,
 )
