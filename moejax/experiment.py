@@ -15,6 +15,7 @@ from moejax.errors import UserError
 from moejax.kernels import dispatch
 from moejax.models.adapter import Adapter
 from moejax.models.expert_axes import expert_axes
+from moejax.models.flops import Size, size
 from moejax.models.generate import Sampling
 from moejax.models.transformer import Transformer
 from moejax.models.variables import parameters
@@ -24,7 +25,7 @@ from moejax.optim.guard import Guard
 from moejax.optim.optimizer import AdamW
 from moejax.parallel.mesh import Mesh
 from moejax.parallel.sharding import parameter_shardings
-from moejax.types import Batch
+from moejax.types import Batch, named_leaves
 
 _ANY_VOCABULARY = 512  # only two shapes depend on the vocabulary, and no mistake does
 
@@ -109,8 +110,8 @@ class Experiment:
             )
         if longest is not None and self.prompts and self.sampling.max_new_tokens >= longest:
             raise UserError(
-                f"sampling.max_new_tokens={self.sampling.max_new_tokens} leaves no room for prompts "
-                f"in model.max_length={longest}; lower the one or raise the other"
+                f"sampling.max_new_tokens={self.sampling.max_new_tokens} leaves no room for "
+                f"prompts in model.max_length={longest}; lower the one or raise the other"
             )
         if self.model.vocab_size is not None:
             raise UserError("leave model.vocab_size unset: it is taken from data.tokenizer")
@@ -186,6 +187,12 @@ class Experiment:
     def build_model(self, vocab_size: int) -> Transformer:
         """The model with the tokenizer's vocabulary, adapted."""
         return dataclasses.replace(self.model, vocab_size=vocab_size, adapter=self.adapter)
+
+    def size(self, model: Transformer) -> Size:
+        """Parameters and FLOPs per token, of what trains and what is frozen."""
+        shapes = parameters(jax.eval_shape(model.init, jax.random.key(0)))
+        _, frozen = freeze.split(shapes, self.trainable)
+        return size(model, self.sequence_length, frozen=named_leaves(frozen))
 
     def abstract_batch(self, batch_size: int) -> Batch:
         """Shapes and dtypes of a batch of the data."""

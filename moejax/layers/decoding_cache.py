@@ -1,6 +1,8 @@
 """The decoding cache of attention: one slot per position, so a row of the batch is one sequence.
 
 What a slot holds is the method's own; where it is written and who may see it is the same for all.
+That a row is one sequence whose slots are written in order is for the model to see to
+(`models/decoding.py`): a layer that is called alone does not know what was written before.
 """
 
 from __future__ import annotations
@@ -28,9 +30,20 @@ def num_slots(length: int, context: Context) -> int:
 def write(
     cached: Float[Array, "B M *slot"], new: Float[Array, "B S *slot"], context: Context
 ) -> Float[Array, "B M *slot"]:
-    """`cached` with the new positions in their slots. Padding is dropped."""
-    # Padding is sent to a slot that does not exist.
-    slots = jnp.where(context.token_mask, context.positions, context.cache_length)
+    """`cached` with the new positions in their slots. Padding is dropped.
+
+    Raises UserError where the cache was made for other slots or rows than these: its keys would
+    be taken for those of other positions, or dropped.
+    """
+    if cached.shape[:2] != (made := (new.shape[0], context.cache_length)):
+        raise UserError(
+            f"the cache has {cached.shape[0]} rows of {cached.shape[1]} slots, and the call is for "
+            f"{made[0]} rows with cache_length={made[1]}: decode with the cache_length and the "
+            "batch that the cache was made with"
+        )
+    # Padding is sent to a slot that does not exist; a position below 0 would count from the end.
+    there = context.token_mask & (jnp.asarray(context.positions) >= 0)
+    slots = jnp.where(there, context.positions, context.cache_length)
     rows = jnp.arange(cached.shape[0])[:, None]
     return cached.at[rows, slots].set(new, mode="drop")
 
@@ -57,4 +70,6 @@ def visible(context: Context) -> Bool[Array, "B S M"]:
 
 def where_slots_are(out: Float[Array, "B S H N"], context: Context) -> Float[Array, "B S H N"]:
     """NaN for a position without a slot, rather than an answer that forgets."""
-    return jnp.where(context.positions[..., None, None] < context.cache_length, out, jnp.nan)
+    positions = jnp.asarray(context.positions)
+    there = (positions >= 0) & (positions < context.cache_length)
+    return jnp.where(there[..., None, None], out, jnp.nan)

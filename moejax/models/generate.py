@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from moejax.models.output import Variables
 from moejax.models.transformer import Transformer
 from moejax.parallel.sharding import constrain
 
+_COLDEST = 1e-6
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -25,7 +28,8 @@ class Sampling:
 
     Attributes:
       max_new_tokens: at most so many for each prompt.
-      temperature: 0 takes the likeliest token; otherwise logits are divided by it.
+      temperature: 0 takes the likeliest token; otherwise logits are divided by it. What lies
+        between 0 and 1e-6 is refused: float32 may not hold the quotients.
       top_p: draws from the smallest set of likeliest tokens whose probability reaches it
         (Holtzman et al., arXiv 1904.09751).
     """
@@ -37,8 +41,13 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
-        if self.temperature < 0:
-            raise UserError(f"temperature={self.temperature} must be 0 or more")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature={self.temperature} must be 0 or more, and finite")
+        if 0 < self.temperature < _COLDEST:
+            raise UserError(
+                f"temperature={self.temperature} is too small to divide logits by: give 0, which "
+                f"takes the likeliest token, or {_COLDEST} or more"
+            )
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p={self.top_p} must be above 0 and at most 1")
 
@@ -58,8 +67,13 @@ def generate(
     Args:
       prompts: 1-D arrays of token ids, each of at least one token, of any lengths.
       seed: with the prompt's index and the token's index it decides every draw, so a
-        continuation does not depend on which other prompts are in the batch.
+        continuation does not depend on which other prompts are in the batch. The exception is a
+        model with `LongRopeScaling`: it goes by the slots of the cache, of which there are as many
+        as the longest prompt's tokens and `max_new_tokens` together, and where these are more than
+        its `original_context`, every prompt gets the long factors.
       intervention: as for `model.apply`; what is per sequence is per prompt.
+
+    Raises UserError where there is no likeliest token, because the logits hold NaN or infinity.
     """
     if not prompts or any(len(p) == 0 for p in prompts):
         raise UserError("sampling needs at least one prompt, and every prompt at least one token")
@@ -70,8 +84,17 @@ def generate(
             f"{model.vocab_size - 1}: use the tokenizer it was trained with"
         )
     key = jax.random.key(seed)
-    new = np.asarray(_generate(model, sampling, variables, tokens, lengths, key, intervention))
-    return [until(row, stop_id) for row in new]
+    new, usable = _generate(model, sampling, variables, tokens, lengths, key, intervention)
+    found = [until(row, stop_id) for row in np.asarray(new)]
+    for index, (ids, row) in enumerate(zip(found, np.asarray(usable), strict=True)):
+        # What stops a text is drawn too; what was drawn behind it is not used.
+        if not row[: len(ids) + 1].all():
+            raise UserError(
+                f"prompt {index + 1} of {len(prompts)} cannot be continued: the model's logits for "
+                f"its new token {int(np.argmin(row)) + 1} are NaN or infinite; look for NaN in the "
+                "weights, or compute in another model.dtype"
+            )
+    return found
 
 
 def padded(texts: Sequence[Int[ArrayLike, " _"]]) -> tuple[np.ndarray, np.ndarray]:
@@ -105,28 +128,31 @@ def _generate(model, sampling, variables, tokens, lengths, key, intervention):
         )
         return out.logits, out.cache
 
-    def draw(logits: Float[Array, "B V"], index: Array) -> Array:
+    def draw(logits: Float[Array, "B V"], index: Array) -> tuple[Array, Array]:
+        """(tokens, whether the logits decide them); -inf is a token that is never drawn."""
+        usable = jnp.isfinite(logits.max(axis=-1))
         if sampling.temperature == 0:
-            return jnp.argmax(logits, axis=-1)
+            return jnp.argmax(logits, axis=-1), usable
         now = fold_in(keys, index)
         kept = _nucleus(logits / sampling.temperature, sampling.top_p)
-        return jax.vmap(jax.random.categorical)(now, kept)
+        return jax.vmap(jax.random.categorical)(now, kept), usable
 
     positions = jnp.broadcast_to(jnp.arange(longest), tokens.shape)
     cache = model.init_cache(variables, batch, cache_length)
     logits, cache = forward(cache, tokens, positions, positions < lengths[:, None])
-    first = draw(logits[jnp.arange(batch), lengths - 1], jnp.int32(0))
+    first, first_usable = draw(logits[jnp.arange(batch), lengths - 1], jnp.int32(0))
 
     def step(carry, index):
         token, cache = carry
         position = (lengths + index)[:, None]
         logits, cache = forward(cache, token[:, None], position, jnp.ones((batch, 1), bool))
-        new = draw(logits[:, 0], index + 1)
-        return (new, cache), new
+        new, usable = draw(logits[:, 0], index + 1)
+        return (new, cache), (new, usable)
 
     _, rest = jax.lax.scan(step, (first, cache), jnp.arange(sampling.max_new_tokens - 1))
-    new = jnp.concatenate([first[:, None], rest.T], axis=1)
-    return constrain(new, "whole", "whole")  # every process reads all of it
+    joined = lambda first, rest: jnp.concatenate([first[:, None], rest.T], axis=1)
+    both = jax.tree.map(joined, (first, first_usable), rest)
+    return jax.tree.map(lambda x: constrain(x, "whole", "whole"), both)  # every process reads all
 
 
 def _nucleus(logits: Float[Array, "B V"], top_p: float) -> Float[Array, "B V"]:

@@ -1,7 +1,8 @@
-"""Which settings of a model cannot be."""
+"""Which settings of a model cannot be, and which calls it does not take."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from moejax.errors import UserError
@@ -48,3 +49,24 @@ def check_settings(model: Any) -> None:
             f"model.first_k_dense={model.first_k_dense} and model.moe_every={model.moe_every} "
             "make dense layers, but model.dense_ffn is None: give it a DenseGLU"
         )
+
+
+def check_length(model: Any, length: int) -> None:
+    """Raises UserError for a sequence longer than a `Transformer` accepts."""
+    if model.max_length is not None and length > model.max_length:
+        raise UserError(
+            f"a sequence of {length} tokens is longer than model.max_length={model.max_length}"
+        )
+
+
+def check_segments(model: Any, per_layer: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises UserError where something is given for layers that a `Transformer` does not have."""
+    if not any(per_layer.values()):
+        return
+    segments = sorted({name for name, _ in model.moe_layers.values()})
+    for field, values in per_layer.items():
+        if unknown := sorted(values.keys() - set(segments)):
+            raise UserError(
+                f"{field} is given for {unknown[0]!r}, and the stacks of layers with routers are "
+                f"{', '.join(segments) or 'none'}: see model.moe_layers, which says what lies where"
+            )

@@ -13,12 +13,12 @@ from jaxtyping import Array, ArrayLike, Int
 
 from moejax.errors import UserError
 from moejax.layers.row_keys import row_keys
-from moejax.models import stack, vocabulary
+from moejax.models import decoding, stack, vocabulary
 from moejax.models.adapter import Adapter
 from moejax.models.block import Block
 from moejax.models.moe import MoE
 from moejax.models.output import Output, Variables
-from moejax.models.settings import check_settings
+from moejax.models.settings import check_length, check_segments, check_settings
 from moejax.models.variables import cast_floats
 from moejax.types import Context, Stats, at_least_f32
 
@@ -37,7 +37,7 @@ class Transformer:
       windows: sliding windows in positions, cycled over the layers; None is full attention. A
         window of W sees the token itself and the W - 1 before it (as Hugging Face counts).
       last_k_full: the last so many layers attend every earlier key, in the same parameters: with
-        `block.attention.full()` (MoBA's hybrid).
+        `block.attention.full()` (MoBA's hybrid), and without a window.
       boundaries: layers at which a new run of stacked layers begins, beside those that the pattern
         asks for. Changes how parameters are stacked, and speed, not the result.
       max_length: longest sequence the model accepts, None for no limit.
@@ -106,9 +106,9 @@ class Transformer:
 
     def _layer(self, index: int) -> stack.Layer:
         dense = self.is_dense(index)
-        window = self.windows[index % len(self.windows)]
-        block = self.block.clone(ffn=self.dense_ffn) if dense else self.block
         full = index >= self.num_layers - self.last_k_full
+        window = None if full else self.windows[index % len(self.windows)]
+        block = self.block.clone(ffn=self.dense_ffn) if dense else self.block
         block = block.clone(attention=block.attention.full()) if full else block
         run = sum(boundary <= index for boundary in self.boundaries)
         return stack.Layer(block=block, kind=(dense, window, run, full), window=window)
@@ -204,8 +204,10 @@ class Transformer:
         Args:
           variables: from `init`; with a collection `cache` when decoding.
           tokens: ids `[B, S]`. An id of V or more gives NaN, never another token's embedding.
-          segment_ids: 0 is padding; attention stays within a segment. All ones by default.
-          positions: within each segment; 0, 1, 2, ... along the row by default.
+          segment_ids: 0 is padding; attention stays within a segment. All ones by default. When
+            decoding, a row is one segment.
+          positions: within each segment; 0, 1, 2, ... along the row by default. Those of the slots
+            when decoding with a cache, where there is no default (see `models/decoding.py`).
           step: the optimiser step, for schedules inside layers.
           key: for layers that sample, one or one for each row `[B]`; None: nothing is random.
           loads: global-batch shares per expert `{segment: [count, E]}`, from a first pass.
@@ -216,22 +218,26 @@ class Transformer:
           record: puts the routing of every token into `stats`, as `trace` (see `MoE`).
           cache_length: slots of the decoding cache; given means decode with it.
         """
-        self._check_length(tokens.shape[1])
+        check_length(self, tokens.shape[1])
+        decode = cache_length is not None
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
         if positions is None:
+            if decode:
+                decoding.check_positions_are_stated(variables)
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         if key is not None and key.ndim == 0:
             key = row_keys(key, tokens.shape[0])
         context = self._context(tokens, segment_ids, positions, key=key, step=step)
-        decode = cache_length is not None
         context = context.replace(
             decode=decode, cache_length=cache_length, record=record, task_ids=task_ids
         )
+        follows = decoding.follow(variables.get("cache"), context) if decode else None
         params = variables["params"]
         x = vocabulary.embedded(params, tokens, dtype=self.dtype) * self.embed_scale
         per_layer = {"loads": loads, "selection": selection, "intervention": intervention}
         per_layer = {field: values or {} for field, values in per_layer.items()}
+        check_segments(self, per_layer)
         passed = stack.apply(
             self.segments,
             variables,
@@ -241,6 +247,7 @@ class Transformer:
             remat=self.remat,
             unroll=self.unroll,
         )
+        passed = passed if follows is None else follows.of_sound_rows(passed)
         x = self.block.norm.apply({"params": params["final_norm"]}, passed.x)
         logits = vocabulary.logits(params, x, tied=self.tied_head, soft_cap=self.logit_soft_cap)
         return passed.output(logits)
@@ -269,17 +276,11 @@ class Transformer:
         router = getattr(self.moe, "router", None)
         return router.initial_carry(num_tokens) if hasattr(router, "initial_carry") else None
 
-    def _check_length(self, length: int) -> None:
-        if self.max_length is not None and length > self.max_length:
-            raise UserError(
-                f"a sequence of {length} tokens is longer than model.max_length={self.max_length}"
-            )
-
     # --- decoding and router state ----------------------------------------------------------
 
     def init_cache(self, variables: Variables, batch_size: int, cache_length: int) -> Variables:
         """An empty decoding cache with `cache_length` slots per sequence."""
-        self._check_length(cache_length)
+        check_length(self, cache_length)
         tokens = jnp.zeros((batch_size, 1), jnp.int32)
         run = lambda v: self.apply(v, tokens, cache_length=cache_length).cache
         shapes = jax.eval_shape(run, {k: v for k, v in variables.items() if k != "cache"})

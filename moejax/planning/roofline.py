@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 
 from moejax.experiment import Experiment
-from moejax.models.flops import size
 from moejax.models.transformer import Transformer
 from moejax.planning import network
 from moejax.planning.compile import CompiledStep
@@ -58,10 +57,10 @@ class Estimate:
 def flops_of(experiment: Experiment, model: Transformer, work: Work, num_devices: int) -> Flops:
     """Of one device, if all do the same."""
     tokens = experiment.batch_size * experiment.sequence_length / num_devices
-    needed = size(model, experiment.sequence_length).train_flops_per_token * tokens
-    # A training step is three forward passes' worth.
-    executed = needed * (3 + extra_passes(experiment, model)) / 3
-    return Flops(model=needed, executed=max(executed, work.flops), counted=work.flops)
+    counted = experiment.size(model)
+    needed = counted.train_flops_per_token * tokens
+    again = extra_passes(experiment, model) * counted.forward_flops_per_token * tokens
+    return Flops(model=needed, executed=max(needed + again, work.flops), counted=work.flops)
 
 
 def extra_passes(experiment: Experiment, model: Transformer) -> int:

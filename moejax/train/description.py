@@ -8,7 +8,6 @@ from typing import Any
 import jax
 
 from moejax.experiment import Experiment
-from moejax.models.flops import size
 from moejax.models.transformer import Transformer
 from moejax.models.variables import parameters
 from moejax.optim import freeze
@@ -20,7 +19,7 @@ _log = logging.getLogger(__name__)
 
 def describe(experiment: Experiment, model: Transformer) -> dict[str, Any]:
     """The run's size, what of it trains, and its machine. Logs what is frozen, if anything is."""
-    counted = size(model, experiment.sequence_length)
+    counted = experiment.size(model)
     return {
         "num_params": counted.params,
         "num_active_params": counted.active_params,

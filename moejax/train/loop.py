@@ -13,7 +13,6 @@ import jax
 from moejax.analysis.health import RouterHealth
 from moejax.data.pipeline import Loaders
 from moejax.experiment import Experiment
-from moejax.models.flops import size
 from moejax.models.stack import stacked_layers
 from moejax.models.transformer import Transformer
 from moejax.models.variables import parameters
@@ -167,7 +166,7 @@ class _Run:
             self._records.write("event", start, {"event": "resumed"})
         self._accumulator = Accumulator(
             model,
-            size(model, experiment.sequence_length),
+            experiment.size(model),
             weights=experiment.objective.weights(model),
             tokens_per_step=tokens_per_step,
             peak_flops=description["peak_flops"],

@@ -127,7 +127,8 @@ def test_latent_attention_decodes_with_the_adapted_matrix():
     ids = tokens((2, 5))
     whole = quick_jit(model.apply)(variables, ids).logits
     cached = variables | {"cache": model.init_cache(variables, 2, 5)}
-    out = quick_jit(lambda v: model.apply(v, ids, cache_length=5))(cached)
+    at = jnp.broadcast_to(jnp.arange(5), ids.shape)
+    out = quick_jit(lambda v: model.apply(v, ids, positions=at, cache_length=5))(cached)
     np.testing.assert_allclose(out.logits, whole, rtol=1e-5, atol=1e-5)
     without = variables | {"lora": jax.tree.map(jnp.zeros_like, variables["lora"])}
     assert np.abs(quick_jit(model.apply)(without, ids).logits - whole).max() > 1e-2

@@ -1,12 +1,21 @@
 """Parameter counts and FLOPs against sums done by hand."""
 
+import jax
 import pytest
 
+from moejax.adapters.lora import LoRA
 from moejax.attention.mla import MultiHeadLatentAttention
 from moejax.experts.dense import DenseGLU
 from moejax.experts.glu import GLU
+from moejax.models.adapter import Adapter
 from moejax.models.flops import size
+from moejax.models.variables import parameters
+from moejax.optim import freeze
+from moejax.planning import roofline
+from moejax.planning.work import Work
+from moejax.types import named_leaves
 from tests.models.tiny_model import attention, dense, moe, tiny
+from tests.planning import planned
 
 # Width 16, four query and two key heads of width 4, vocabulary 24.
 ATTENTION = 16 * 16 + 2 * 16 * 8 + 16 * 16
@@ -65,3 +74,59 @@ def test_latent_attention_has_keys_and_values_of_different_widths():
     assert got.params == matrices + (5 + 6) + NORMS + 2 * 24 * 16 + 16
     visible = VISIBLE * 4 * (6 * (3 + 2) + 6 * 7)
     assert got.train_flops_per_token == pytest.approx(6 * (matrices + 24 * 16) + visible)
+
+
+def counted(model, *trainable):
+    """FLOPs of training what the patterns match."""
+    shapes = parameters(jax.eval_shape(model.init, jax.random.key(0)))
+    frozen = freeze.split(shapes, trainable)[1]
+    return size(model, LENGTH, frozen=named_leaves(frozen)).train_flops_per_token
+
+
+LAYER = ATTENTION + 3 * 16 * 8
+HEAD = 24 * 16
+SCORES = VISIBLE * 16  # 4 of them forward and 8 backward
+ADAPTED = 2 * (16 + 16)  # LoRA of rank 2 on the query
+
+
+def test_frozen_weights_need_no_gradient_of_their_own():
+    plain = dense(num_layers=2)
+    model = dense(num_layers=2, adapter=Adapter(targets=("q_proj",), linear=LoRA(rank=2)))
+    by_hand = 4 * (2 * LAYER + HEAD) + 6 * 2 * ADAPTED + 2 * 12 * SCORES
+    assert counted(model, "lora/*") == pytest.approx(by_hand)
+    everything = 6 * (2 * (LAYER + ADAPTED) + HEAD) + 2 * 12 * SCORES
+    assert counted(model, "*") == size(model, LENGTH).train_flops_per_token == everything
+    for model in (plain, dense(num_layers=2, tied_head=True)):
+        assert counted(model, "embed/*") == pytest.approx(
+            4 * 2 * LAYER + (6 if model.tied_head else 4) * HEAD + 2 * 12 * SCORES
+        )
+    found = size(plain, LENGTH)
+    assert found.forward_flops_per_token == pytest.approx(found.train_flops_per_token / 3)
+
+
+def test_below_what_trains_there_is_no_backward_pass():
+    model = dense(num_layers=3, boundaries=(2,))
+    last = 2 * 2 * LAYER + 2 * 4 * SCORES + 6 * LAYER + 12 * SCORES + 4 * HEAD
+    assert counted(model, "layers_2/*") == pytest.approx(last)
+    assert counted(model, "head/*") == pytest.approx(2 * 3 * LAYER + 3 * 4 * SCORES + 4 * HEAD)
+    assert counted(model, "final_norm/*", "head/*") == pytest.approx(
+        2 * 3 * LAYER + 3 * 4 * SCORES + 6 * HEAD
+    )
+
+
+def test_what_is_no_parameter_cannot_be_frozen():
+    with pytest.raises(ValueError, match="params/head/kernel, which is no parameter"):
+        size(dense(), LENGTH, frozen=["params/head/kernel"])
+
+
+def test_a_plan_counts_what_trains():
+    def flops(*overrides):
+        experiment = planned.experiment(planned.SMOKE[0], *overrides)
+        return roofline.flops_of(experiment, experiment.build_model(100), Work(), 1)
+
+    whole, head = flops(), flops('trainable=["head/*"]')
+    assert whole.executed == whole.model
+    assert head.model < whole.model / 2
+    again = flops('trainable=["head/*"]', 'model.remat="full"')
+    assert again.model == head.model
+    assert again.executed - again.model == pytest.approx(whole.model / 3)

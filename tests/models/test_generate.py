@@ -111,11 +111,63 @@ def test_draws_follow_the_distribution():
     assert np.abs(frequency - expected).max() < 4 * np.sqrt(0.25 / len(drawn))
 
 
+def test_the_coldest_temperature_is_greedy(quick):
+    model, variables = quick
+    far = jax.tree.map(lambda leaf: 1e6 * leaf, variables["params"]["head"])
+    loud = variables | {"params": variables["params"] | {"head": far}}
+    greedy = generate(model, loud, PROMPTS, Sampling(max_new_tokens=12, temperature=0.0))
+    cold = Sampling(max_new_tokens=12, temperature=1e-6, top_p=1.0)
+    np.testing.assert_array_equal(generate(model, loud, PROMPTS, cold), greedy)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_decide_nothing_are_refused_where_they_are_used(quick, temperature):
+    """A token with a NaN embedding, which the second prompt holds or the first one draws."""
+    model, variables = quick
+    sampling = Sampling(max_new_tokens=12, temperature=temperature)
+    new = generate(model, variables, PROMPTS, sampling)
+    embedding = variables["params"]["embed"]["embedding"]
+    with_nan = lambda token: (
+        variables
+        | {
+            "params": variables["params"]
+            | {"embed": {"embedding": embedding.at[token].set(jnp.nan)}}
+        }
+    )
+    with pytest.raises(UserError, match="prompt 2 of 2 cannot .* its new token 1 are NaN"):
+        generate(model, with_nan(5), PROMPTS, sampling)
+    drawn = next(int(t) for t in new[0] if t not in np.concatenate(PROMPTS))
+    at = new[0].tolist().index(drawn)
+    with pytest.raises(UserError, match=f"prompt 1 of 1 .* new token {at + 2} are NaN"):
+        generate(model, with_nan(drawn), PROMPTS[:1], sampling)
+    # What comes behind the stop id is drawn, but not used.
+    cut = generate(model, with_nan(drawn), PROMPTS[:1], sampling, stop_id=drawn)
+    np.testing.assert_array_equal(cut[0], new[0][:at])
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf])
+def test_a_bias_without_end(value):
+    """-inf forbids a token; +inf makes every probability NaN."""
+    model = dense(head_bias=True)
+    variables = random_model_variables(model)
+    head = variables["params"]["head"]
+    head = head | {"bias": jnp.zeros_like(head["bias"]).at[3].set(value)}
+    endless = variables | {"params": variables["params"] | {"head": head}}
+    if value > 0:
+        with pytest.raises(UserError, match="prompt 1 of 2 .* NaN or infinite"):
+            generate(model, endless, PROMPTS, RANDOM)
+    else:
+        assert 3 not in np.concatenate(generate(model, endless, PROMPTS, RANDOM))
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
         ({"temperature": -0.1}, "temperature=-0.1 must be 0 or more"),
+        ({"temperature": float("nan")}, "temperature=nan must be 0 or more, and finite"),
+        ({"temperature": float("inf")}, "temperature=inf must be 0 or more, and finite"),
+        ({"temperature": 1e-40}, "temperature=1e-40 is too small .* give 0"),
         ({"top_p": 0.0}, "top_p=0.0 must be above 0"),
         ({"top_p": 1.5}, "top_p=1.5 must be above 0 and at most 1"),
     ],

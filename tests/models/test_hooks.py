@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from moejax.balance.z_loss import RouterZLoss
+from moejax.errors import UserError
 from moejax.interventions.add import Add
 from moejax.verification.contracts.cases import quick_jit
 from tests.models.tiny_model import moe, random_model_variables, tiny
@@ -118,3 +119,10 @@ def test_gradients_flow_through_the_trace_and_sum_to_zero_over_experts(model, va
     for own in gradient.values():
         assert np.abs(own).max() > 1e-3
         np.testing.assert_allclose(own.sum(-1), 0, atol=1e-4)
+
+
+@pytest.mark.parametrize("field", ["intervention", "selection", "loads"])
+def test_a_name_that_no_layers_have_is_an_error(model, variables, field):
+    (name,) = {name for name, _ in model.moe_layers.values()}
+    with pytest.raises(UserError, match=f"{field} is given for 'layers_9', and .* are {name}: "):
+        model.apply(variables, TOKENS, **{field: {"layers_9": jnp.zeros(1)}})

@@ -12,7 +12,8 @@ from moejax.errors import UserError
 from moejax.interop import description
 from moejax.layers.short_convolution import ShortConvolution
 from moejax.models.flops import size
-from tests.models.tiny_model import dense, random_model_variables, tokens
+from moejax.verification.contracts.cases import quick_jit
+from tests.models.tiny_model import VOCAB, dense, random_model_variables, tokens
 
 MOBA = MoBA(num_heads=4, num_kv_heads=2, block_size=3, top_k=2)
 FULL = MOBA.full()
@@ -72,6 +73,25 @@ def test_windows_alternate_with_blocks():
     hybrid = full_after.apply(restacked(variables, full_after), ids).logits
     np.testing.assert_allclose(hybrid, all_full, rtol=1e-5, atol=1e-6)
     assert np.abs(got - all_full).max() > 1e-3
+
+
+@pytest.mark.parametrize("attention", [FULL, MOBA], ids=["full", "blocks"])
+def test_a_full_layer_has_no_window(attention):
+    """Its last token sees the first, which every window and block hides."""
+    ids = tokens((1, LENGTH))
+    other = ids.at[0, 0].set((ids[0, 0] + 1) % VOCAB)
+
+    def reach(**changes):
+        model = dense(attention=attention, windows=(2,), **changes)
+        variables = random_model_variables(model)
+        run = quick_jit(lambda ids: model.apply(variables, ids).logits[0, -1])
+        return np.abs(run(ids) - run(other)).max()
+
+    assert reach() == 0
+    assert reach(last_k_full=1) > 1e-4
+    model = dense(attention=attention, num_layers=3, windows=(2,), last_k_full=1)
+    layers = [layer for s in model.segments for layer in s.layers for _ in range(s.count)]
+    assert [layer.window for layer in layers] == [2, 2, None]
 
 
 def test_decoding_equals_the_whole():

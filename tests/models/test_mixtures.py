@@ -133,6 +133,34 @@ def test_decoding_equals_the_whole(name):
     np.testing.assert_allclose(np.concatenate(found, axis=1), whole, rtol=1e-4, atol=1e-5)
 
 
+def test_a_prompt_beside_a_longer_one_is_continued_as_alone():
+    """The padding behind it ends no sequence: the mean goes on from what the prompt held."""
+    model = dataclasses.replace(BASE, adapter=ADAPTERS["sequence"])
+    variables = random_model_variables(model)
+    ids, step = tokens((1, 3)), quick_jit(model.apply, static_argnames="cache_length")
+    whole = quick_jit(model.apply)(variables, ids).logits
+    for padded in ([1, 1, 0, 0], [0, 1, 1, 0], [1, 0, 1, 0]):
+        segments = jnp.array([padded])
+        at = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
+        row = jnp.where(segments > 0, ids[0][at], 0)
+        first = step(variables, row, segment_ids=segments, positions=at, cache_length=4)
+        cached = variables | {"cache": first.cache}
+        last = step(cached, ids[:, 2:], positions=jnp.array([[2]]), cache_length=4)
+        np.testing.assert_allclose(last.logits[0, 0], whole[0, 2], rtol=1e-4, atol=1e-5)
+
+
+def test_a_mean_that_would_count_a_token_twice_is_nan():
+    """Other layers can go back and write a slot anew; of a sum nothing can be taken back."""
+    model = dataclasses.replace(BASE, adapter=ADAPTERS["sequence"])
+    variables = random_model_variables(model)
+    step = quick_jit(model.apply, static_argnames="cache_length")
+    first = step(variables, tokens((2, 3)), cache_length=4)
+    cached = variables | {"cache": first.cache}
+    again = step(cached, tokens((2, 1)), positions=jnp.array([[2], [3]]), cache_length=4)
+    np.testing.assert_array_equal(np.isnan(again.logits).all(axis=(1, 2)), [True, False])
+    assert np.isfinite(again.logits[1]).all()
+
+
 @pytest.mark.parametrize(
     "adapter, text",
     [

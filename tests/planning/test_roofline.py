@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from moejax.models.flops import size
 from moejax.parallel.mesh import AXES
 from moejax.parallel.placement import placed
 from moejax.planning import network, roofline
@@ -139,6 +140,6 @@ def test_a_step_takes_its_slowest_resource_or_all_networks_besides():
 def test_model_flops_are_those_of_the_count():
     experiment, _, step, _ = planned.compiled()
     flops = planned.plan().flops
-    counted = roofline.size(step.model, 64).train_flops_per_token * 8 * 64 / jax.device_count()
+    counted = size(step.model, 64).train_flops_per_token * 8 * 64 / jax.device_count()
     assert flops.model == counted
     assert flops.executed >= flops.model
