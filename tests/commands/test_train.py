@@ -143,11 +143,12 @@ def test_a_flipped_bit_is_noticed_and_the_checkpoint_before_is_used(finished, tm
         ("workdir=/proc/nowhere/run", "/proc/nowhere"),
         ("workdir=~/run", "workdir=~/run: no shell has put"),
         ("--until=0", "--until 0: name a step"),
+        ("model.max_length=64 sampling.max_new_tokens=64", "no room for prompts in model.max_le"),
     ],
 )
 def test_bad_input_is_one_clear_sentence(tmp_path, cache, capsys, override, message):
     swap = ["data.train=moejax.data.source:TextFiles"] if "data.train.path" in override else []
-    words = ["train", TINY, f"workdir={tmp_path / 'run'}", *swap, override]
+    words = ["train", TINY, f"workdir={tmp_path / 'run'}", *swap, *override.split()]
     assert message in error_of(capsys, *words)
 
 
@@ -157,7 +158,6 @@ def test_bad_input_is_one_clear_sentence(tmp_path, cache, capsys, override, mess
         ("model.block.ffn.router.k=99", "router.k=99"),
         ("optimizer.schedule.warmup_steps=9", "warmup_steps"),
         ("model.block.attention.soft_cap=0", "soft_cap=0"),
-        ("model.max_length=64 sampling.max_new_tokens=64", "no room for prompts in model.max_le"),
     ],
 )
 def test_what_needs_no_data_is_refused_before_any_is_read(
@@ -167,7 +167,7 @@ def test_what_needs_no_data_is_refused_before_any_is_read(
     read = lambda *_: pytest.fail("the data were read before the model was checked")
     monkeypatch.setattr(Data, "prepare", read)
     words = ["train", TINY, f"workdir={tmp_path / 'run'}"]
-    assert message in error_of(capsys, *words, *override.split())
+    assert message in error_of(capsys, *words, override)
     assert not (tmp_path / "cache" / "documents").exists()
     assert not list((tmp_path / "run").iterdir())  # the right config may still have the folder
 
