@@ -94,7 +94,7 @@ STEP = (
         old="jnp.where(context.token_mask[..., None], x, 0)",
         new="x * context.token_mask[..., None]",
         variant="padding",
-        caught="loss",
+        caught="gradient embed/embedding",
     ),
     Mutation(
         name="kernel-without-gate-gradient",
