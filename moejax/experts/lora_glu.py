@@ -111,8 +111,8 @@ class LoRAGLU(GLU):
 
         def project(name: str, x: Array) -> Array:
             y = product(x, w[name])
-            if self.use_bias:
-                y = y + w[f"{name}_bias"][expert]
+            if self.use_bias:  # wide, so that its gradient is summed so, over an expert's rows
+                y = (y.astype(wide) + w[f"{name}_bias"].astype(wide)[expert]).astype(dtype)
             if f"{name}_a" in w:
                 y = y + self.scale * product(product(x, w[f"{name}_a"]), w[f"{name}_b"])
             return y

@@ -85,3 +85,18 @@ def test_fresh_experts_give_what_plain_ones_give():
 def test_a_rank_of_zero_is_an_error():
     with pytest.raises(UserError, match="adapter.experts.rank=0 must be at least 1"):
         LoRAGLU(d_ff=F, rank=0).init(jax.random.key(0), E, D)
+
+
+def test_the_gradient_of_a_bias_counts_all_rows_in_bfloat16():
+    """A sum in bfloat16 stops growing at 256."""
+    form, num_rows = LoRAGLU(d_ff=F, rank=2, use_bias=True), 1024
+    variables = random_variables(form, E, D)
+    ids, gate = jnp.zeros((num_rows, 1), jnp.int32), jnp.ones((num_rows, 1))
+
+    def total(params):
+        weights, _, compute = form.apply(variables | {"params": params}, E, D)
+        rows = jnp.zeros((num_rows, D), jnp.bfloat16)
+        return compute(rows, ids, gate, weights).astype(jnp.float32).sum()
+
+    gradient = quick_jit(jax.grad(total))(variables["params"])["down_bias"]
+    np.testing.assert_array_equal(gradient, np.full((E, D), num_rows) * np.eye(E, 1))
