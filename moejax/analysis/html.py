@@ -120,7 +120,7 @@ def key_figures(history: History) -> dict[str, str]:
         "Experts": _experts(history),
         "Steps": f"{step:,}",
         "Skipped steps": _count(last(history.scalar("skipped"))),
-        "Tokens": _count(run.get("tokens_per_step"), times=step),
+        "Tokens, padding included": _count(run.get("tokens_per_step"), times=step),
         "Training loss (median of last 10)": _decimal(_median(history.scalar("loss/lm")[-10:])),
         "Held-out loss": _decimal(last(history.evaluation("eval/loss"))),
         "Held-out bits per byte": _decimal(held_out),

@@ -65,6 +65,7 @@ def _train_and_eval(axes: Axes, history: History, train_name: str, eval_name: st
     figures.step_axis(axes, np.concatenate([history.steps, history.eval_steps]))
     figures.fit_y(axes, train, held_out)
     figures.mark_outside(axes, history.steps, train, BLUE)
+    figures.mark_outside(axes, history.eval_steps, held_out, VERMILION)
 
 
 def _compressor_lines(axes: Axes, history: History) -> None:

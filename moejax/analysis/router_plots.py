@@ -69,14 +69,15 @@ def shown_layers(load: NDArray) -> list[int]:
     """Rows of `load` `[N, L, E]` to draw: all, or `MOST_LAYERS` of them where there are more.
 
     These are evenly spaced, from the first to the last, but for the few with the most dead
-    experts and then the highest MaxVio in the last fifth of the records: trouble must not hide.
+    experts and then the highest MaxVio in the last fifth of the records, those without a load
+    before all: trouble must not hide.
     """
     num_layers = load.shape[1]
     if num_layers <= MOST_LAYERS:
         return list(range(num_layers))
     recent = load[-max(1, len(load) // 5) :]
-    dead = routing.dead_experts(recent, _DEAD).sum((0, 2))
-    violation = np.nan_to_num(routing.max_vio(recent)).mean(0)
+    dead = np.nan_to_num(routing.num_dead_experts(recent, _DEAD).sum(0), nan=np.inf)
+    violation = routing.max_vio(recent).mean(0)
     worst_first = np.lexsort((violation, dead))[::-1]
     spaced = np.linspace(0, num_layers - 1, MOST_LAYERS - _WORST_LAYERS).round().astype(int)
     rows = dict.fromkeys(spaced.tolist())
@@ -183,13 +184,14 @@ def _draw_percentiles(axes: Axes, history: History) -> None:
 
 def _draw_dead(axes: Axes, history: History) -> None:
     """How many experts are dead and, where any were, how many token choices were dropped."""
-    dead = routing.dead_experts(history.load, _DEAD).sum((1, 2))
+    dead = routing.num_dead_experts(history.load, _DEAD).sum(1)
     axes.step(history.steps, dead, color=BLUE, where="mid", **figures.point_style(history.steps))
     num_experts = history.load.shape[1] * history.load.shape[2]
     axes.set(title="Dead experts, all layers", ylabel=f"experts below 1% (of {num_experts})")
-    axes.set_ylim(0.0, max(4.0, 1.15 * dead.max()))
+    axes.set_ylim(0.0, max(4.0, 1.15 * np.nanmax(dead, initial=0.0)))
     axes.yaxis.set_major_locator(figures.whole_ticks(5))
     figures.step_axis(axes, history.steps)
-    dropped = np.nansum(history.layers["router/dropped"], axis=1)
-    text = f"token choices dropped: {figures.short_number(dropped.sum())}"
+    dropped = history.layers["router/dropped"]
+    total = figures.short_number(np.nansum(dropped)) if np.isfinite(dropped).any() else "not known"
+    text = f"token choices dropped: {total}"
     axes.text(0.02, 0.96, text, transform=axes.transAxes, va="top", fontsize=9.5)

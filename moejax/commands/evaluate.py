@@ -124,7 +124,7 @@ def _texts(model: Opened, scorer: Scorer, texts: dict[str, str], stride: int | N
         total = scores[0]
         for score in scores[1:]:
             total += score
-        named["all"] = total
+        named["all" if "all" not in named else "all together"] = total
     sizes = lambda score: {"tokens": score.num_tokens, "bytes": score.num_bytes}
     return {"text": {name: sizes(score) | score.figures() for name, score in named.items()}}
 

@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"held-out tokens    {data.num_held_out_tokens:,}")
     print(f"held-out bytes     {data.held_out_bytes:,}")
     bytes_per_token = data.held_out_bytes / data.num_held_out_tokens
-    print(f"bytes per token    {bytes_per_token:.3f} (held out)")
+    print(f"bytes per token    {bytes_per_token:.3f} (held out, the end of a document is one)")
     if args.out:
         print(f"tokenizer          {data.tokenizer.save(args.out)}")
     return 0

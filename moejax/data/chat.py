@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pathlib
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from moejax.data.dialogue import ASSISTANT, Conversation, Dialogue, Pair
 from moejax.data.errors import DataError
 from moejax.data.fingerprint import fingerprint
-from moejax.data.jsonl import content_fingerprint, lines_of, valid
+from moejax.data.jsonl import content_fingerprint, files_of, lines_of, valid
 from moejax.data.source import check_holdout, check_split
 
 ROLES = ("system", "user", ASSISTANT, "tool")
@@ -35,6 +36,7 @@ class Chat:
     path: str
     holdout_every: int = 20
 
+    unit: ClassVar[str] = "line"
     dialogues: ClassVar[bool] = True  # the cache of its tokens depends on the chat template
 
     def documents(self, split: str) -> Iterator[Dialogue]:
@@ -51,11 +53,14 @@ class Chat:
         check_split(split)
         return fingerprint("chat", content_fingerprint(self.path), self.holdout_every, split)
 
+    def files(self) -> list[tuple[str, pathlib.Path]]:
+        return files_of(self.path)
+
 
 def parsed(line: bytes, where: str) -> Dialogue:
     """The pair or conversation of a line. Raises DataError that names `where` and the fix."""
     try:
-        record = json.loads(line)
+        record = json.loads(line, object_pairs_hook=_unique)
     except ValueError as error:
         raise DataError(f"{where} is not JSON ({error}): write one object per line") from error
     if not isinstance(record, dict):
@@ -73,6 +78,14 @@ def parsed(line: bytes, where: str) -> Dialogue:
         )
     prompt, response = (_text(record[key], f"{where}: {key}") for key in _PAIR)
     return Pair(prompt=prompt, response=_filled(response, f"{where}: response"), where=where)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"the field {twice[0]!r} is there twice")
+    return dict(pairs)
 
 
 def _messages(messages: Any, where: str) -> Iterator[tuple[str, str]]:

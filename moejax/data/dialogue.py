@@ -18,9 +18,10 @@ from moejax.data.errors import DataError
 from moejax.data.fingerprint import fingerprint
 from moejax.data.tokenizer import Tokenizer
 
-FORMAT = 1  # part of every fingerprint: raise it when the same record would give other tokens
+FORMAT = 2  # part of every fingerprint: raise it when the same record would give other tokens
 
 ASSISTANT = "assistant"
+_FIRST, _AFTER_TEXT, _AFTER_SPECIAL = "first", "after text", "after special"  # where text lies
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,15 +89,9 @@ def chat_fingerprint(tokenizer: Tokenizer) -> str:
 def encoded(dialogues: Sequence[Dialogue], tokenizer: Tokenizer) -> list[Encoded]:
     """Tokens and masks of dialogues. Raises DataError where the template refuses one."""
     runs = [runs_of(dialogue, tokenizer) for dialogue in dialogues]
-    texts = [run.content for own in runs for run in own if isinstance(run.content, str)]
-    ids = iter(tokenizer.encode_batch(texts) if texts else [])
     size_of, eos = tokenizer.token_bytes(), tokenizer.eos_id
     out = []
-    for dialogue, own in zip(dialogues, runs, strict=True):
-        parts = [
-            next(ids) if isinstance(run.content, str) else np.array([run.content], np.int32)
-            for run in own
-        ]
+    for dialogue, own, parts in zip(dialogues, runs, _ids(runs, tokenizer), strict=True):
         tokens = np.concatenate(parts)
         scored = np.repeat([run.scored for run in own], [len(part) for part in parts])
         tokens, scored = _between_ends(tokens, scored, eos)
@@ -105,6 +100,37 @@ def encoded(dialogues: Sequence[Dialogue], tokenizer: Tokenizer) -> list[Encoded
         num_bytes = sum(_num_bytes(run.content, size_of) for run in own if run.scored)
         out.append(Encoded(ids=tokens, scored=scored, num_bytes=num_bytes))
     return out
+
+
+def _ids(runs: Sequence[list[Run]], tokenizer: Tokenizer) -> list[list[np.ndarray]]:
+    """The ids of every run: texts are encoded by what they follow, all of a kind at once."""
+    kinds = [[_kind(own, at) for at in range(len(own))] for own in runs]
+    texts: dict[str, list[str]] = {_FIRST: [], _AFTER_TEXT: [], _AFTER_SPECIAL: []}
+    for own, named in zip(runs, kinds, strict=True):
+        for run, kind in zip(own, named, strict=True):
+            if kind is not None:
+                texts[kind].append(run.content)
+    found = {
+        _FIRST: iter(tokenizer.encode_batch(texts[_FIRST])),
+        _AFTER_TEXT: iter(tokenizer.encode_inside(texts[_AFTER_TEXT], after_special=False)),
+        _AFTER_SPECIAL: iter(tokenizer.encode_inside(texts[_AFTER_SPECIAL], after_special=True)),
+    }
+    return [
+        [
+            np.array([run.content], np.int32) if kind is None else next(found[kind])
+            for run, kind in zip(own, named, strict=True)
+        ]
+        for own, named in zip(runs, kinds, strict=True)
+    ]
+
+
+def _kind(own: list[Run], at: int) -> str | None:
+    """What the run follows, if it is text."""
+    if isinstance(own[at].content, int):
+        return None
+    if at == 0:
+        return _FIRST
+    return _AFTER_TEXT if isinstance(own[at - 1].content, str) else _AFTER_SPECIAL
 
 
 def runs_of(dialogue: Dialogue, tokenizer: Tokenizer) -> list[Run]:
@@ -119,6 +145,7 @@ def runs_of(dialogue: Dialogue, tokenizer: Tokenizer) -> list[Run]:
         pieces = _default(dialogue.messages, tokenizer.eos_id)
     else:
         pieces = _by_template(tokenizer.chat, dialogue, tokenizer.special_ids())
+        pieces = _stripped(pieces, tokenizer.takes_blanks())
     return _joined(pieces)
 
 
@@ -148,6 +175,25 @@ def _by_template(
         else:
             out.append(Run(piece.text, piece.scored))
     return out
+
+
+def _stripped(
+    pieces: Sequence[Run], takes_blanks: Mapping[int, tuple[bool, bool]]
+) -> Sequence[Run]:
+    """The runs without the blanks that special tokens beside them take in."""
+    for forward in (True, False):
+        out: list[Run] = []
+        taking = False
+        for piece in pieces if forward else reversed(pieces):
+            if isinstance(piece.content, int):
+                left, right = takes_blanks.get(piece.content, (False, False))
+                taking = right if forward else left
+            elif taking:
+                text = piece.content.lstrip() if forward else piece.content.rstrip()
+                piece, taking = Run(text, piece.scored), not text
+            out.append(piece)
+        pieces = out if forward else out[::-1]
+    return pieces
 
 
 def _joined(pieces: Sequence[Run]) -> list[Run]:

@@ -15,7 +15,7 @@ import dataclasses
 import logging
 import pathlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -62,7 +62,8 @@ def tokenized(source: Source, split: str, tokenizer: Tokenizer, cache_dir: str) 
 
     Raises:
       DataError: the source is missing, empty, or made by another tokenizer, a token id is
-        outside the vocabulary, a dialogue has no layout, or the cache folder cannot be written.
+        outside the vocabulary, a document holds the end token, a dialogue has no layout, or the
+        cache folder cannot be written.
     """
     _check_tokenizer(source, tokenizer)
     parts = ["documents", FORMAT, source.fingerprint(split), split, tokenizer.fingerprint()]
@@ -119,6 +120,8 @@ def _tokenize(source: Source, split: str, tokenizer: Tokenizer, writer: ArrayWri
         writer.append("scored", np.zeros(1, bool))
     end = num_bytes = token_bytes = 0
     for group in _groups(source, split, tokenizer):
+        if not _has_dialogues(source):
+            _check_ends(group.ids, eos, source)
         lengths = np.array([len(ids) + 1 for ids in group.ids], np.int64)
         ids = np.concatenate([part for doc in group.ids for part in (doc, [eos])])
         _check_range(ids, tokenizer.vocab_size, source)
@@ -175,6 +178,18 @@ def _grouped(documents: Iterable) -> Iterator[list]:
             group, size = [], 0
     if group:
         yield group
+
+
+def _check_ends(documents: Sequence[np.ndarray], eos: int, source: Source) -> None:
+    """The end token is put around documents here, and would end one from inside."""
+    for ids in documents:
+        if (ids == eos).any():
+            raise DataError(
+                f"a document of {type(source).__name__} holds the end token, id {eos}, at position "
+                f"{int(np.argmax(ids == eos))} of {len(ids)}: take the separators out of token "
+                "arrays; where text spells the token, mark it as special in tokenizer.json, or "
+                "choose another with HFTokenizer.eos_token"
+            )
 
 
 def _check_range(ids: np.ndarray, vocab_size: int, source: Source) -> None:

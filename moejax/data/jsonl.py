@@ -7,10 +7,11 @@ import gzip
 import json
 import pathlib
 from collections.abc import Iterator
+from typing import ClassVar
 
 from moejax.data.errors import DataError
-from moejax.data.fingerprint import files_fingerprint, fingerprint, held_out, relative_name
-from moejax.data.source import Skipped, check_holdout, check_split, existing
+from moejax.data.fingerprint import files_fingerprint, fingerprint, held_out
+from moejax.data.source import Skipped, check_holdout, check_split, existing, files_below
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,8 @@ class JsonLines:
     path: str
     field: str = "text"
     holdout_every: int = 20
+
+    unit: ClassVar[str] = "line"
 
     def documents(self, split: str) -> Iterator[str]:
         check_split(split)
@@ -51,6 +54,9 @@ class JsonLines:
     def fingerprint(self, split: str) -> str:
         check_split(split)
         return fingerprint(content_fingerprint(self.path), self.field, self.holdout_every, split)
+
+    def files(self) -> list[tuple[str, pathlib.Path]]:
+        return files_of(self.path)
 
     def _text(self, where: str, line: bytes, skipped: Skipped) -> str:
         try:
@@ -76,7 +82,7 @@ def lines_of(path: str, split: str, holdout_every: int) -> Iterator[tuple[str, b
 
     One line in `holdout_every`, chosen by a hash of file name and line number, is held out.
     """
-    files = _files(path)
+    files = files_of(path)
     names = [f"{name}:{number}" for name, file in files for number, _ in _lines(file)]
     chosen = held_out(names, holdout_every) == (split == "eval")
     lines = (line for _, file in files for _, line in _lines(file))
@@ -87,21 +93,32 @@ def lines_of(path: str, split: str, holdout_every: int) -> Iterator[tuple[str, b
 
 def content_fingerprint(path: str) -> str:
     """Changes when a name or the content of one of the files does."""
-    return files_fingerprint(_root(path), [file for _, file in _files(path)])
+    return files_fingerprint(_root(path), [file for _, file in files_of(path)])
 
 
 def _root(path: str) -> pathlib.Path:
     return existing(path, what="JSON Lines file or folder")
 
 
-def _files(path: str) -> list[tuple[str, pathlib.Path]]:
+def files_of(path: str) -> list[tuple[str, pathlib.Path]]:
+    """(name, path) of the file, or of those in the folder, in order.
+
+    Raises DataError where there are none, or one is there with and without compression.
+    """
     root = _root(path)
     if root.is_file():
         return [(root.name, root)]
-    found = [p for end in ("*.jsonl", "*.jsonl.gz") for p in root.rglob(end) if p.is_file()]
+    found = files_below(root, r".*\.jsonl(\.gz)?")
     if not found:
         raise DataError(f"folder {str(root)!r} holds no *.jsonl file: correct the path")
-    return sorted((relative_name(root, p), p) for p in found)
+    names = {name for name, _ in found}
+    twice = sorted(name for name in names if f"{name}.gz" in names)
+    if twice:
+        raise DataError(
+            f"folder {str(root)!r} holds {twice[0]} and {twice[0]}.gz, the same lines twice: "
+            "move one of them away"
+        )
+    return found
 
 
 def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:

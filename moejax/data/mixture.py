@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+from collections.abc import Sequence
 
 import numpy as np
 
 from moejax.data.errors import DataError
-from moejax.data.source import Source
+from moejax.data.source import OfFiles, Source
 
 PERIOD = 2**16  # shares are exact to one row in this many
 
@@ -37,6 +39,31 @@ class Mixture:
         bad = [w for w in self.weights if not (math.isfinite(w) and w > 0)]
         if bad:
             raise DataError(f"Mixture weight {bad[0]} is not a positive number: drop that source")
+
+
+def check_apart(sources: Sequence[Source]) -> None:
+    """Raises DataError where held-out text would be trained on, or counted twice.
+
+    So it is where a file belongs to two sources that hold it out by other rules, and where a source
+    is there twice.
+    """
+    seen: dict[str, tuple] = {}
+    for number, source in enumerate(sources):
+        if source in sources[:number]:
+            first = sources.index(source)
+            raise DataError(
+                f"source {number} of the mixture is source {first} again: add up their weights"
+            )
+        if not isinstance(source, OfFiles):
+            continue
+        for name, path in source.files():
+            rule = (source.unit, name, source.holdout_every)
+            first, other = seen.setdefault(os.path.realpath(path), (number, rule))
+            if other != rule:
+                raise DataError(
+                    f"{str(path)!r} belongs to sources {first} and {number} of the mixture, and "
+                    "what one of them holds out the other may train on: give them other folders"
+                )
 
 
 class Turns:

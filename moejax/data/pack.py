@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import inspect
 import logging
 import pathlib
 from typing import Protocol, runtime_checkable
@@ -194,7 +195,7 @@ def packed(
       seed: shuffles the documents before packing; None keeps the source's order.
       cache_dir: where the index is kept.
     """
-    config = [type(packing).__qualname__, dataclasses.asdict(packing)]
+    config = [_identity(type(packing)), dataclasses.asdict(packing)]
     key = fingerprint("rows", FORMAT, documents.fingerprint, config, seq_len, seed)
     arrays, info = open_or_build(
         pathlib.Path(cache_dir) / "rows" / key,
@@ -215,6 +216,20 @@ def packed(
         num_scored=info.get("num_scored", documents.num_predictions),
         **arrays,
     )
+
+
+def _identity(packing: type) -> str:
+    """Its name; of the user's own class its text too, for another text may pack in another way."""
+    if packing.__module__ == __name__:
+        return packing.__qualname__
+    try:
+        text = inspect.getsource(packing)
+    except (OSError, TypeError) as error:
+        raise DataError(
+            f"the rows of {packing.__qualname__} cannot be kept apart from another's, because its "
+            "text is not known: define it in a file"
+        ) from error
+    return f"{packing.__module__}:{packing.__qualname__}\n{text}"
 
 
 def _index(

@@ -16,7 +16,7 @@ from moejax.data.documents import tokenized
 from moejax.data.errors import DataError
 from moejax.data.fingerprint import fingerprint
 from moejax.data.loader import EvalLoader, TrainLoader
-from moejax.data.mixture import Mixture
+from moejax.data.mixture import Mixture, check_apart
 from moejax.data.pack import BestFit, Packing, packed
 from moejax.data.source import Source, existing, python_stdlib
 from moejax.data.subword import BPE
@@ -44,6 +44,7 @@ class Loaders:
       tokenizer: what the ids mean; goes into the checkpoint.
       fingerprint: equal exactly when the same step gives the same batch; goes into the
         checkpoint beside the step.
+      held_out_fingerprint: equal exactly when `eval` gives the same rows; goes there too.
       held_out_bytes: UTF-8 bytes of the held-out text, of dialogues of what is scored. Bits per
         byte is the summed loss of all targets of `eval` in nats / ln 2 / `held_out_bytes`.
       num_train_tokens: predictions in one epoch of every training source.
@@ -56,6 +57,7 @@ class Loaders:
     eval: EvalLoader
     tokenizer: Tokenizer
     fingerprint: str
+    held_out_fingerprint: str
     held_out_bytes: int
     num_train_tokens: int
     num_scored_tokens: int
@@ -124,6 +126,7 @@ class Data:
         """
         _check_sizes(seq_len, batch_size, seed)
         cache_dir, sources, weights = self._cache_dir(), *self._sources()
+        check_apart(sources)
         joined = _Joined(sources) if len(sources) > 1 else sources[0]
         tokenizer = self.tokenizer.prepare(joined, cache_dir)
         splits = {
@@ -145,6 +148,7 @@ class Data:
                 *("batches", FORMAT, [r.fingerprint for r in train], weights),
                 *(batch_size, seed, self.shuffle),
             ),
+            held_out_fingerprint=fingerprint("held out", [r.fingerprint for r in held_out]),
             held_out_bytes=sum(rows.num_bytes(tokenizer.token_bytes()) for rows in held_out),
             num_train_tokens=num_train_tokens,
             num_scored_tokens=sum(rows.num_scored for rows in train),

@@ -19,8 +19,8 @@ import os
 import pathlib
 import re
 import sysconfig
-from collections.abc import Iterator
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterator, Sequence
+from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -45,6 +45,21 @@ class Source(Protocol):
         ...
 
 
+@runtime_checkable
+class OfFiles(Protocol):
+    """A source whose documents lie in files, and are held out by the names of these.
+
+    `unit` is what is held out: "file", "line" or "record".
+    """
+
+    unit: ClassVar[str]
+    holdout_every: int
+
+    def files(self) -> list[tuple[str, pathlib.Path]]:
+        """(name, path) of every file, of both splits."""
+        ...
+
+
 def check_split(split: str) -> None:
     """Raises DataError for a split that is neither "train" nor "eval"."""
     if split not in SPLITS:
@@ -64,6 +79,40 @@ def existing(path: str, *, what: str) -> pathlib.Path:
     if not out.exists():
         raise DataError(f"{what} {str(out)!r} does not exist: correct the path in the config")
     return out
+
+
+def files_below(
+    root: pathlib.Path, wanted: str, *, exclude: Sequence[str] = ()
+) -> list[tuple[str, pathlib.Path]]:
+    """(name below `root`, path), sorted, of every file whose name the regex `wanted` matches.
+
+    Links to files are read, those to folders are not followed, with one warning.
+
+    Args:
+      exclude: patterns of a shell; files and folders of these names are left out.
+
+    Raises:
+      DataError: a folder cannot be read.
+    """
+    matches = re.compile(wanted).fullmatch
+    banned = re.compile("|".join(map(fnmatch.translate, exclude)) or r"(?!)")
+    skipped = Skipped(f"links to folders below {str(root)!r}: name them as sources of their own")
+    found = []
+    for folder, below, names in os.walk(root, onerror=_refuse):
+        below[:] = sorted(name for name in below if not banned.match(name))
+        for name in below:
+            if pathlib.Path(folder, name).is_symlink():
+                skipped.add(relative_name(root, pathlib.Path(folder, name)), "a link")
+        for path in (pathlib.Path(folder, name) for name in names if not banned.match(name)):
+            name = relative_name(root, path)
+            if matches(name) and path.is_file():
+                found.append((name, path))
+    skipped.report()
+    return sorted(found)
+
+
+def _refuse(error: OSError) -> None:
+    raise DataError(f"the folder {error.filename!r} cannot be read: {error.strerror}") from error
 
 
 class Skipped:
@@ -107,6 +156,8 @@ class TextFiles:
     holdout_every: int = 20
     exclude: tuple[str, ...] = ("__pycache__", ".git", ".venv", "node_modules")
 
+    unit: ClassVar[str] = "file"
+
     def documents(self, split: str) -> Iterator[str]:
         skipped = Skipped(f"files in {self.path!r} that are not UTF-8 text")
         count = 0
@@ -138,7 +189,7 @@ class TextFiles:
         """(relative name, path) of the split's files, sorted by name."""
         check_split(split)
         check_holdout(self, self.holdout_every)
-        files = self._files()
+        files = self.files()
         chosen = held_out([name for name, _ in files], self.holdout_every) == (split == "eval")
         out = [file for file, keep in zip(files, chosen, strict=True) if keep]
         if not out:
@@ -148,23 +199,15 @@ class TextFiles:
             )
         return out
 
-    def _files(self) -> list[tuple[str, pathlib.Path]]:
+    def files(self) -> list[tuple[str, pathlib.Path]]:
         root = self._root
-        wanted = re.compile(_pattern_regex(self.pattern))
-        banned = re.compile("|".join(map(fnmatch.translate, self.exclude)) or r"(?!)")
-        found = []
-        for folder, below, names in os.walk(root):
-            below[:] = [name for name in below if not banned.match(name)]
-            for path in (pathlib.Path(folder, name) for name in names if not banned.match(name)):
-                name = relative_name(root, path)
-                if wanted.fullmatch(name) and path.is_file():
-                    found.append((name, path))
+        found = files_below(root, _pattern_regex(self.pattern), exclude=self.exclude)
         if not found:
             raise DataError(
                 f"folder {str(root)!r} holds no file that matches {self.pattern!r}: "
                 "correct the path or the pattern"
             )
-        return sorted(found)
+        return found
 
 
 def _pattern_regex(pattern: str) -> str:

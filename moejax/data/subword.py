@@ -7,30 +7,22 @@ import functools
 import json
 import logging
 import pathlib
-import time
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 import tokenizers
-from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
-from moejax.data import chat_template
+from moejax.data import bpe_training, chat_template
 from moejax.data.chat_template import ChatTemplate
 from moejax.data.dialogue import Dialogue
 from moejax.data.errors import DataError
 from moejax.data.fingerprint import fingerprint
+from moejax.data.prefix import inside
 from moejax.data.source import Source, existing
 from moejax.data.token_pieces import byte_level_piece, sentencepiece_piece
 from moejax.data.tokenizer import Tokenizer, load
 
 log = logging.getLogger(__name__)
-
-# How text is cut before merging; no token crosses a cut. A word may begin with a blank and one
-# sign (" .append" is one word), at most three digits stay together, and a line end keeps the
-# indentation that follows. On Python source this gives 7% fewer tokens than GPT-2's rule.
-WORDS = r" ?[^\s\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+(?:\s*\n[ \t]*)?|\s*\n[ \t]*|\s+"
-SAMPLE_BYTES = 32 * 2**20  # a BPE is trained on at most about this much text
-_MIN_VOCAB = 257  # every byte, and the end of a document
 
 
 class Subwords(Tokenizer):
@@ -52,10 +44,7 @@ class Subwords(Tokenizer):
         # Kept as it came, not as this version of the library would write it: the fingerprint
         # must not change with the library.
         self._model = model
-        self._backend = _backend(model)
-        self._backend.encode_special_tokens = True
-        self._backend.no_truncation()
-        self._backend.no_padding()
+        self._backend = _plain(model)
         self.vocab_size = vocab_size
         self.eos_id = eos_id
         self.chat = chat
@@ -82,8 +71,13 @@ class Subwords(Tokenizer):
         } | {name: value for name, value in origin.items() if value is not None}
 
     def special_ids(self) -> dict[str, int]:
-        added = self._model.get("added_tokens") or []
-        return {token["content"]: token["id"] for token in added if token.get("special")}
+        return {token["content"]: token["id"] for token in self._special}
+
+    def takes_blanks(self) -> dict[int, tuple[bool, bool]]:
+        return {
+            token["id"]: (bool(token.get("lstrip")), bool(token.get("rstrip")))
+            for token in self._special
+        }
 
     def beginning(self) -> np.ndarray:
         found = self._backend.encode("a", add_special_tokens=True)
@@ -94,8 +88,13 @@ class Subwords(Tokenizer):
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(e.ids, dtype=np.int32) for e in encodings]
+        return _encoded(self._backend, texts)
+
+    def encode_inside(self, texts: Sequence[str], *, after_special: bool) -> list[np.ndarray]:
+        return _encoded(self._inside[after_special], texts)
+
+    def encode_marked(self, text: str) -> np.ndarray:
+        return _encoded(self._marked, [text])[0]
 
     def decode(self, ids: Sequence[int | np.integer] | np.ndarray) -> str:
         ids = [int(i) for i in ids if i != self.eos_id]
@@ -108,8 +107,22 @@ class Subwords(Tokenizer):
         out = np.zeros(self.vocab_size, dtype=np.int32)
         for token_id, value in self._bytes.items():
             out[token_id] = len(value)
-        out[self.eos_id] = 0
+        out[[self.eos_id, *self.special_ids().values()]] = 0
         return out
+
+    @functools.cached_property
+    def _special(self) -> list[dict]:
+        return [t for t in self._model.get("added_tokens") or [] if t.get("special")]
+
+    @functools.cached_property
+    def _inside(self) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer]:
+        return tuple(_plain(inside(self._model, after_special=after)) for after in (False, True))
+
+    @functools.cached_property
+    def _marked(self) -> tokenizers.Tokenizer:
+        backend = _plain(self._model)
+        backend.encode_special_tokens = False
+        return backend
 
     @functools.cached_property
     def _byte_level(self) -> bool:
@@ -127,38 +140,13 @@ class Subwords(Tokenizer):
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Subwords:
     """Trains a byte-level BPE: lossless for any text, and the same for the same texts.
 
-    Beyond about `SAMPLE_BYTES` of text it uses every second, fourth, ... text.
+    Beyond 32 MB of text it uses every second, fourth, ... text.
 
     Args:
       texts: the training documents, in a fixed order.
       vocab_size: tokens in all: 256 bytes, the merges, and the end of a document (the last id).
     """
-    if vocab_size < _MIN_VOCAB:
-        raise DataError(f"BPE.vocab_size={vocab_size} is too small: {_MIN_VOCAB} is the least")
-    started = time.monotonic()
-    sample = _sample(texts)
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(WORDS), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1,  # the last id is the end of a document, outside the merges
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(sample, trainer)
-    num_tokens = backend.get_vocab_size()
-    if num_tokens != vocab_size - 1:
-        raise DataError(
-            f"the training text gives only {num_tokens + 1} tokens, fewer than "
-            f"BPE.vocab_size={vocab_size}: lower it or add text"
-        )
-    log.info("trained a BPE of %d tokens in %.1f s", vocab_size, time.monotonic() - started)
-    model = json.loads(backend.to_str())
+    model = bpe_training.trained(texts, vocab_size)
     return Subwords(model, vocab_size=vocab_size, eos_id=vocab_size - 1)
 
 
@@ -173,7 +161,13 @@ class BPE:
     vocab_size: int = 4096
 
     def prepare(self, source: Source, cache_dir: str) -> Tokenizer:
-        key = fingerprint("bpe", WORDS, SAMPLE_BYTES, self.vocab_size, source.fingerprint("train"))
+        key = fingerprint(
+            "bpe",
+            bpe_training.WORDS,
+            bpe_training.SAMPLE_BYTES,
+            self.vocab_size,
+            source.fingerprint("train"),
+        )
         path = pathlib.Path(cache_dir) / "tokenizers" / f"{key}.json"
         if path.exists():
             try:
@@ -212,11 +206,11 @@ class HFTokenizer:
         path = existing(self.path, what="tokenizer file or folder")
         file = path / "tokenizer.json" if path.is_dir() else path
         try:
-            model = json.loads(existing(str(file), what="tokenizer file").read_text())
+            model = json.loads(existing(str(file), what="tokenizer file").read_text("utf-8"))
         except (OSError, ValueError) as e:
             raise DataError(f"the tokenizer file {str(file)!r} cannot be read: {e}") from e
         if isinstance(model, dict) and str(model.get("format", "")).startswith("moejax"):
-            return load(file)
+            return self._stored(file)
         try:
             backend = _backend(model)
         except (KeyError, TypeError, ValueError) as e:
@@ -226,6 +220,15 @@ class HFTokenizer:
         bos_token = _config_token(file.parent, "bos_token")
         bos_id = None if bos_token is None else backend.token_to_id(bos_token)
         return Subwords(model, vocab_size=vocab_size, eos_id=eos_id, chat=chat, bos_id=bos_id)
+
+    def _stored(self, file: pathlib.Path) -> Tokenizer:
+        found = load(file)
+        if self.eos_token is not None or self.vocab_size not in (None, found.vocab_size):
+            raise DataError(
+                f"{str(file)!r} is a tokenizer of moejax with {found.vocab_size} ids, which says "
+                "itself what ends a document: leave out eos_token and vocab_size"
+            )
+        return found
 
     def _sizes(self, backend: tokenizers.Tokenizer, file: pathlib.Path) -> tuple[int, int]:
         eos_token = self.eos_token or _config_token(file.parent, "eos_token")
@@ -251,9 +254,23 @@ def _backend(model: dict) -> tokenizers.Tokenizer:
         raise ValueError(str(e)) from e
 
 
+def _plain(model: dict) -> tokenizers.Tokenizer:
+    """Encodes text whole, and what spells a special token as text."""
+    backend = _backend(model)
+    backend.encode_special_tokens = True
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _encoded(backend: tokenizers.Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
+    encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+    return [np.array(e.ids, dtype=np.int32) for e in encodings]
+
+
 def _config_token(folder: pathlib.Path, name: str) -> str | None:
     try:
-        token = json.loads((folder / "tokenizer_config.json").read_text()).get(name)
+        token = json.loads((folder / "tokenizer_config.json").read_text("utf-8")).get(name)
     except (OSError, ValueError, AttributeError):
         return None
     return token.get("content") if isinstance(token, dict) else token
@@ -270,18 +287,3 @@ def _texts(source: Source) -> Iterable[str]:
                 "them, for example HFTokenizer(path=...)"
             )
         yield document
-
-
-def _sample(texts: Iterable[str]) -> list[str]:
-    """Every 2**k-th text, with the smallest k that keeps at most `SAMPLE_BYTES` characters."""
-    kept: list[str] = []
-    size, stride = 0, 1
-    for i, text in enumerate(texts):
-        if i % stride:
-            continue
-        kept.append(text)
-        size += len(text)
-        while size > SAMPLE_BYTES and len(kept) > 1:
-            kept, stride = kept[::2], stride * 2
-            size = sum(map(len, kept))
-    return kept

@@ -12,13 +12,14 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Iterable, Iterator
+from typing import ClassVar
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from moejax.data.errors import DataError
-from moejax.data.fingerprint import files_fingerprint, fingerprint, held_out, relative_name
-from moejax.data.source import check_holdout, check_split, existing
+from moejax.data.fingerprint import files_fingerprint, fingerprint, held_out
+from moejax.data.source import check_holdout, check_split, existing, files_below
 
 FORMAT = "moejax-token-arrays-1"
 _MANIFEST = "token_arrays.json"
@@ -39,10 +40,12 @@ class TokenArrays:
     path: str
     holdout_every: int = 20
 
+    unit: ClassVar[str] = "record"
+
     def documents(self, split: str) -> Iterator[np.ndarray]:
         check_split(split)
         check_holdout(self, self.holdout_every)
-        files = [(name, path, _num_records(path)) for name, path in self._files()]
+        files = [(name, path, _num_records(path)) for name, path in self.files()]
         held = held_out([f"{n}:{i}" for n, _, c in files for i in range(c)], self.holdout_every)
         count = start = 0
         for _, path, num in files:
@@ -58,14 +61,14 @@ class TokenArrays:
     def fingerprint(self, split: str) -> str:
         check_split(split)
         root = self._root
-        files = files_fingerprint(root, [root / _MANIFEST, *(p for _, p in self._files())])
+        files = files_fingerprint(root, [root / _MANIFEST, *(p for _, p in self.files())])
         return fingerprint(files, self.holdout_every, split)
 
     def manifest(self) -> dict:
         """What `token_arrays.json` says: `format`, `vocab_size`, `tokenizer`."""
         path = self._root / _MANIFEST
         try:
-            manifest = json.loads(path.read_text())
+            manifest = json.loads(path.read_text("utf-8"))
             vocab_size, form = int(manifest["vocab_size"]), manifest["format"]
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise DataError(
@@ -82,9 +85,9 @@ class TokenArrays:
             raise DataError(f"TokenArrays.path {str(root)!r} is a file: give the folder around it")
         return root
 
-    def _files(self) -> list[tuple[str, pathlib.Path]]:
+    def files(self) -> list[tuple[str, pathlib.Path]]:
         root = self._root
-        found = sorted((relative_name(root, p), p) for p in root.rglob("*.array_record"))
+        found = files_below(root, r".*\.array_record")
         if not found:
             raise DataError(f"folder {str(root)!r} holds no *.array_record file")
         return found

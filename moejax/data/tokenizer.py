@@ -45,6 +45,18 @@ class Tokenizer(abc.ABC):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` of each text, on all cores where the tokenizer can."""
 
+    def encode_inside(self, texts: Sequence[str], *, after_special: bool) -> list[np.ndarray]:
+        """`encode_batch` of texts that each follow a special token, or other text, in a document.
+
+        The difference is the blank that some tokenizers put before a text.
+        """
+        del after_special
+        return self.encode_batch(texts)
+
+    def encode_marked(self, text: str) -> np.ndarray:
+        """`encode`, but what spells a special token is that token, as in published tokenizers."""
+        return self.encode(text)
+
     @abc.abstractmethod
     def decode(self, ids: Sequence[int | np.integer] | np.ndarray) -> str:
         """Ids to text; the inverse of `encode`. Bytes that are not UTF-8 become U+FFFD."""
@@ -62,6 +74,10 @@ class Tokenizer(abc.ABC):
 
     def special_ids(self) -> dict[str, int]:
         """{text: id} of the special tokens, which `encode` never gives."""
+        return {}
+
+    def takes_blanks(self) -> dict[int, tuple[bool, bool]]:
+        """{id: whether the special token takes in the blanks on its left, and on its right}."""
         return {}
 
     def beginning(self) -> np.ndarray:
@@ -86,7 +102,9 @@ class Tokenizer(abc.ABC):
         target.parent.mkdir(parents=True, exist_ok=True)
         # Written beside the target and renamed: a reader never sees half a file.
         partial = target.with_name(f".{target.name}.{os.getpid()}")
-        partial.write_text(json.dumps({"format": FORMAT, **self.spec()}, ensure_ascii=True) + "\n")
+        partial.write_text(
+            json.dumps({"format": FORMAT, **self.spec()}, ensure_ascii=True) + "\n", "utf-8"
+        )
         os.replace(partial, target)
         return target
 
@@ -95,7 +113,7 @@ def load(path: str | os.PathLike) -> Tokenizer:
     """Reads what `Tokenizer.save` wrote, from the file or the folder that holds it."""
     target = _file_in(path)
     try:
-        spec = json.loads(target.read_text())
+        spec = json.loads(target.read_text("utf-8"))
     except FileNotFoundError as e:
         raise DataError(f"there is no tokenizer at {str(target)!r}") from e
     except (OSError, ValueError) as e:

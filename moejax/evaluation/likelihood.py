@@ -83,7 +83,8 @@ class Scorer:
     def __call__(self, requests: Sequence[Request]) -> list[Score]:
         """One score per request, in their order.
 
-        Raises UserError for a target that is longer than `max_length`, or an empty part.
+        Raises UserError for a target that is longer than `max_length`, an empty part, or a
+        probability that is NaN: compared with others it would pass for an answer.
         """
         rows = [self._row(request) for request in requests]
         by_length: dict[int, list[int]] = {}
@@ -133,6 +134,11 @@ class Scorer:
         with jax.set_mesh(self._mesh):
             found = self._step(self._variables, layout.global_batch(batch, self._mesh))
         log_probs, greedy = jax.device_get(found)
+        if np.isnan(log_probs[batch.loss_mask]).any():
+            raise UserError(
+                "the model gives a token the probability NaN: look for NaN in the weights, or "
+                "compute in another model.dtype"
+            )
         # Added on the host in float64: a long target's sum would lose digits in float32.
         return [
             (float(p[m].sum(dtype=np.float64)), bool(g[m].all()))

@@ -148,7 +148,8 @@ class MoejaxLM(LM):
             filler = np.full(longest, tokenizer.eos_id, np.int32)
             for start in range(0, len(numbers), _PROMPTS - 1):
                 some = numbers[start : start + _PROMPTS - 1]
-                batch = [prompts[n] for n in some] + [filler] * (_PROMPTS - len(some))
+                num_fillers = _PROMPTS - len(some)
+                batch = [prompts[n] for n in some] + [filler] * num_fillers
                 with jax.set_mesh(self._opened.mesh):
                     new = generate(
                         self._opened.model,
@@ -156,6 +157,7 @@ class MoejaxLM(LM):
                         batch,
                         sampling,
                         seed=self._seed,
+                        numbers=some + [len(prompts)] * num_fillers,
                         stop_id=tokenizer.eos_id,
                     )
                 yield from zip(some, map(tokenizer.decode, new), strict=False)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 import fiddle as fdl
 import jax
@@ -23,7 +25,7 @@ from moejax.parallel.mesh import Mesh
 from moejax.parallel.sharding import parameter_shardings
 from moejax.train.init_from import read_weights
 from moejax.train.loop import prepare_data
-from moejax.train.restore import TOKENIZER, load_variables
+from moejax.train.restore import TOKENIZER, load_variables, same_held_out
 
 LONGEST = 4096  # inputs at a time, of a published model that accepts more
 
@@ -39,7 +41,7 @@ class Opened:
       length: inputs at a time: the run's sequence length, or the most that the published model
         accepts, but no more than `LONGEST`.
       config: the model's.
-      experiment, step: of a run; None for the others.
+      experiment, step, extra: of a run and its checkpoint; None and empty for the others.
     """
 
     model: Transformer
@@ -51,12 +53,14 @@ class Opened:
     config: fdl.Config
     experiment: Experiment | None = None
     step: int | None = None
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def data(self) -> Loaders:
         """The data of the run.
 
-        Raises UserError where there is no run, or its data now give another tokenizer, as the
-        standard library of another Python would: the same ids would stand for other text.
+        Raises UserError where there is no run, its data now give another tokenizer, as the
+        standard library of another Python would (the same ids would stand for other text), or
+        other held-out rows.
         """
         if self.experiment is None:
             raise UserError("only a run has data of its own: name text files with --text")
@@ -65,6 +69,11 @@ class Opened:
             raise UserError(
                 "the run's data now give another tokenizer than the one it was trained with: "
                 "restore the data, or name text files with --text"
+            )
+        if not same_held_out(self.extra, data):
+            raise UserError(
+                "the run's held-out data are not what they were: figures would not go with its "
+                "others; restore the data, or name text files with --text"
             )
         return data
 
@@ -132,6 +141,7 @@ def _run(config: fdl.Config, folder: pathlib.Path, step: int | None, mesh: Mesh 
         config=config.model,
         experiment=experiment,
         step=loaded.step,
+        extra=loaded.extra,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import pathlib
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from collections.abc import Sequence
 from moejax.errors import UserError
 from moejax.evaluation.likelihood import Scorer
 from moejax.evaluation.reading import Reading
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,6 +58,7 @@ def score_texts(
     stride = length if stride is None else stride
     if not 1 <= stride <= length:
         raise UserError(f"a stride of {stride} tokens is not between 1 and the length, {length}")
+    _check_kept(reading, texts)
     requests = [list(reading.windows(text, length=length, stride=stride)) for text in texts]
     if not all(requests):
         raise UserError("an empty text has no perplexity: leave it out")
@@ -67,6 +71,18 @@ def score_texts(
         )
         for text, own in zip(texts, requests, strict=True)
     ]
+
+
+def _check_kept(reading: Reading, texts: Sequence[str]) -> None:
+    """Warns where tokens leave out text: it would make bits per byte small."""
+    size_of = reading.tokenizer.token_bytes()
+    kept = sum(int(size_of[ids].sum()) for ids in reading.tokenizer.encode_batch(texts))
+    given = sum(len(text.encode()) for text in texts)
+    if kept < given:
+        _log.warning(
+            "the tokenizer keeps %d of the %d bytes of text: what it leaves out is not scored, and "
+            "bits per byte are too few", kept, given,
+        )  # fmt: skip
 
 
 def read_text(path: str) -> str:

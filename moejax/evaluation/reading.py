@@ -7,7 +7,6 @@ Facts from its `api/model.py` (`_encode_pair`, `loglikelihood`), `utils.py`
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -42,7 +41,7 @@ class Reading:
 
         Special tokens that the text spells are those tokens: a chat template may have written it.
         """
-        ids = self._ids(text)
+        ids = self.tokenizer.encode_marked(text)
         given = np.array(self.beginning, np.int32)
         if len(given) and np.array_equal(ids[: len(given)], given):
             return ids
@@ -57,7 +56,7 @@ class Reading:
         Raises UserError where that is nothing.
         """
         if not context:
-            ids = self._ids(continuation)
+            ids = self.tokenizer.encode_marked(continuation)
             if len(ids) > 1 and ids[0] == self.start:
                 return Request(ids[:1], ids[1:])
             if not len(ids):
@@ -90,16 +89,3 @@ class Reading:
         for at in range(length, len(ids), stride):
             end = min(at + stride, len(ids))
             yield Request(ids[end - length - 1 : at], ids[at:end])
-
-    def _ids(self, text: str) -> np.ndarray:
-        special = self.tokenizer.special_ids()
-        if not any(name in text for name in special):
-            return self.tokenizer.encode(text)
-        names = sorted(special, key=len, reverse=True)
-        parts = re.split(f"({'|'.join(map(re.escape, names))})", text)
-        ids = [
-            np.array([special[part]], np.int32) if part in special else self.tokenizer.encode(part)
-            for part in parts
-            if part
-        ]
-        return np.concatenate(ids)

@@ -13,7 +13,12 @@ from jaxtyping import Array, Int
 
 def row_keys(key: Array, num_rows: int) -> Array:
     """Keys `[B]`, the b-th from `key` and b."""
-    return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(num_rows))
+    return numbered_keys(key, jnp.arange(num_rows))
+
+
+def numbered_keys(key: Array, numbers: Int[Array, " B"]) -> Array:
+    """Keys `[B]`, the b-th from `key` and the number of row b."""
+    return jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers)
 
 
 def fold_in(keys: Array, data: Int[Array, ""] | int) -> Array:

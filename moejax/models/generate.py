@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from moejax.errors import UserError
-from moejax.layers.row_keys import fold_in, row_keys
+from moejax.layers.row_keys import fold_in, numbered_keys
 from moejax.models.output import Variables
 from moejax.models.transformer import Transformer
 from moejax.parallel.sharding import constrain
@@ -59,6 +59,7 @@ def generate(
     sampling: Sampling,
     *,
     seed: int = 0,
+    numbers: Sequence[int] | None = None,
     stop_id: int | None = None,
     intervention: dict[str, Any] | None = None,
 ) -> list[np.ndarray]:
@@ -66,11 +67,13 @@ def generate(
 
     Args:
       prompts: 1-D arrays of token ids, each of at least one token, of any lengths.
-      seed: with the prompt's index and the token's index it decides every draw, so a
+      seed: with the prompt's number and the token's index it decides every draw, so a
         continuation does not depend on which other prompts are in the batch. The exception is a
         model with `LongRopeScaling`: it goes by the slots of the cache, of which there are as many
         as the longest prompt's tokens and `max_new_tokens` together, and where these are more than
         its `original_context`, every prompt gets the long factors.
+      numbers: of the prompts, in [0, 2**31); None is 0, 1, ... What is drawn for one of several
+        batches is only new under numbers of its own.
       intervention: as for `model.apply`; what is per sequence is per prompt.
 
     Raises UserError where there is no likeliest token, because the logits hold NaN or infinity.
@@ -83,8 +86,9 @@ def generate(
             f"a prompt has ids from {tokens.min()} to {tokens.max()}; the model knows 0 to "
             f"{model.vocab_size - 1}: use the tokenizer it was trained with"
         )
-    key = jax.random.key(seed)
-    new, usable = _generate(model, sampling, variables, tokens, lengths, key, intervention)
+    numbers = jnp.asarray(range(len(prompts)) if numbers is None else numbers, jnp.int32)
+    keys = numbered_keys(jax.random.key(seed), numbers)
+    new, usable = _generate(model, sampling, variables, tokens, lengths, keys, intervention)
     found = [until(row, stop_id) for row in np.asarray(new)]
     for index, (ids, row) in enumerate(zip(found, np.asarray(usable), strict=True)):
         # What stops a text is drawn too; what was drawn behind it is not used.
@@ -112,10 +116,9 @@ def until(row: np.ndarray, stop_id: int | None) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _generate(model, sampling, variables, tokens, lengths, key, intervention):
+def _generate(model, sampling, variables, tokens, lengths, keys, intervention):
     batch, longest = tokens.shape
     cache_length = longest + sampling.max_new_tokens
-    keys = row_keys(key, batch)
 
     def forward(cache, tokens, positions, mask):
         out = model.apply(

@@ -28,7 +28,7 @@ from moejax.train.metrics import Accumulator
 from moejax.train.pace import Pace
 from moejax.train.progress import Progress, Silent
 from moejax.train.records import Records, open_records
-from moejax.train.restore import TOKENIZER, restore_or_init
+from moejax.train.restore import TOKENIZER, fingerprints_of, restore_or_init
 from moejax.train.retention import Keep
 from moejax.train.roll_back import RollBack
 from moejax.train.run_step import Inspection, RunStep
@@ -97,8 +97,9 @@ def _train(
 
     with Checkpointer(str(workdir / CHECKPOINTS), keep) as checkpointer:
         checkpointer.start_writing()
+        state, start = restore_or_init(experiment, model, assembled, checkpointer, data)
+        # Only now: other data may come with another tokenizer, and the checkpoints keep theirs.
         processes.by_first(lambda: data.tokenizer.save(workdir / TOKENIZER))
-        state, start = restore_or_init(experiment, model, assembled, checkpointer, data.fingerprint)
         checkpointer.prepare(changing(state))
         agreed = AgreedStop(stop, mesh)
         with open_records(experiment, start) as records:
@@ -125,7 +126,7 @@ def prepare_data(experiment: Experiment) -> Loaders:
     Raises UserError where the processes found different data.
     """
     data = processes.first_then_others(experiment.prepare_data)
-    sameness.check_same("the data", f"fingerprint = {data.fingerprint}")
+    sameness.check_same("the data", str(fingerprints_of(data)))
     return data
 
 
@@ -274,8 +275,8 @@ class _Run:
     @phases.phase("save")
     def _save(self, step: int, state: TrainState) -> None:
         if step != self._saved:
-            extra = {"data_position": step, "data_fingerprint": self._data.fingerprint}
-            self._checkpointer.save(step, changing(state), extra | self._layers)
+            extra = {"data_position": step} | fingerprints_of(self._data) | self._layers
+            self._checkpointer.save(step, changing(state), extra)
             self._saved = step
 
 

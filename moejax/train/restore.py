@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 
+from moejax.data.pipeline import Loaders
 from moejax.data.tokenizer import Tokenizer, load
 from moejax.errors import UserError
 from moejax.experiment import Experiment
@@ -32,6 +35,7 @@ from moejax.train.state import TrainState, changing, variables_of, with_leaves
 from moejax.types import named_leaves
 
 TOKENIZER = "tokenizer"
+_TRAINED_ON, _HELD_OUT = "data_fingerprint", "held_out_fingerprint"  # in a checkpoint's extra
 
 
 @phases.phase("restore")
@@ -40,12 +44,12 @@ def restore_or_init(
     model: Transformer,
     assembled: Assembled,
     checkpointer: Checkpointer,
-    data_fingerprint: str,
+    data: Loaders,
 ) -> tuple[TrainState, int]:
     """(state, the step it starts from): the newest valid checkpoint, else a fresh state.
 
     Either is laid out as `assembled` says, however it was when it was saved. Raises UserError where
-    the data are not those that the checkpoint was trained on.
+    `data` are not those of the checkpoint.
     """
     workdir = pathlib.Path(experiment.workdir)
     if not processes.from_first(checkpointer.steps()):
@@ -54,15 +58,30 @@ def restore_or_init(
         return state, 0
     wanted = with_sharding(jax.eval_shape(assembled.fresh), assembled.shardings)
     restored = checkpointer.restore(changing(wanted))
-    saved = restored.extra.get("data_fingerprint")
-    if saved != data_fingerprint:
-        raise UserError(
-            f"the checkpoint of step {restored.step} was trained on other data (fingerprint "
-            f"{saved}, now {data_fingerprint}): restore the data, or use another workdir"
-        )
+    what = {_TRAINED_ON: "trained on other", _HELD_OUT: "evaluated on other held-out"}
+    for name, now in fingerprints_of(data).items():
+        saved = restored.extra.get(name, now if name == _HELD_OUT else None)
+        if saved != now:
+            raise UserError(
+                f"the checkpoint of step {restored.step} was {what[name]} data (fingerprint "
+                f"{saved}, now {now}): restore the data, or use another workdir"
+            )
     kept = frozen.restore(workdir, named_leaves({"params": wanted.frozen}))
     kept = {path.replace("params", "frozen", 1): leaf for path, leaf in kept.items()}
     return with_leaves(wanted, restored.state | kept), restored.step
+
+
+def fingerprints_of(data: Loaders) -> dict[str, str]:
+    """What a checkpoint says of its data."""
+    return {_TRAINED_ON: data.fingerprint, _HELD_OUT: data.held_out_fingerprint}
+
+
+def same_held_out(extra: Mapping[str, Any], data: Loaders) -> bool:
+    """Whether the checkpoint that `extra` is of was evaluated on what `data` hold out.
+
+    True for one that does not say.
+    """
+    return extra.get(_HELD_OUT, data.held_out_fingerprint) == data.held_out_fingerprint
 
 
 def _given(experiment: Experiment, model: Transformer, assembled: Assembled) -> Variables | None:
@@ -100,7 +119,10 @@ def open_slices(workdir: pathlib.Path, step: int | None) -> tuple[int, list[Stor
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadedRun:
-    """A trained model ready to use; `mesh` is where its variables lie."""
+    """A trained model ready to use.
+
+    `mesh` is where its variables lie, `extra` what was saved beside them.
+    """
 
     experiment: Experiment
     model: Transformer
@@ -108,6 +130,7 @@ class LoadedRun:
     mesh: jax.sharding.Mesh
     tokenizer: Tokenizer
     step: int
+    extra: Mapping[str, Any]
 
 
 def load_variables(
@@ -144,4 +167,5 @@ def load_variables(
         mesh=mesh,
         tokenizer=tokenizer,
         step=restored.step,
+        extra=restored.extra,
     )

@@ -141,3 +141,23 @@ def test_skipped_steps_are_marked_where_the_count_grows():
 )
 def test_short_number(value, text):
     assert figures.short_number(value) == text
+
+
+def test_held_out_points_above_the_picture_are_marked():
+    history = history_of(SyntheticRun(num_spikes=0, num_records=400))
+    history.evaluation("eval/loss")[-1] = 1e9
+    axes = plots.plot_loss(history).axes[0]
+    marks = [line for line in axes.get_lines() if line.get_marker() == "^"]
+    assert axes.get_ylim()[1] < 20
+    assert [line.get_xdata().tolist() for line in marks] == [[history.eval_steps[-1]]]
+
+
+def test_what_is_not_known_of_experts_is_not_drawn_as_health():
+    history = history_of(SyntheticRun(num_records=60, num_layers=40))
+    history.load[:, 3] = np.nan
+    history.layers["router/dropped"][:] = np.nan
+    assert 3 in router_plots.shown_layers(history.load)
+    figure = router_plots.plot_router(history)
+    (dead,) = (axes for axes in figure.axes if axes.get_title().startswith("Dead experts"))
+    assert np.isnan(dead.get_lines()[0].get_ydata()).all()
+    assert [text.get_text() for text in dead.texts] == ["token choices dropped: not known"]

@@ -57,7 +57,7 @@ def test_whole_run(tmp_path):
     figures = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", text))
     assert figures["Parameters"] == "10.35M"
     assert figures["Steps"] == "400"
-    assert figures["Tokens"] == "819.2k"
+    assert figures["Tokens, padding included"] == "819.2k"
     assert figures["gzip -9 on the same files"] == "1.930"
     assert figures["Experts"] == "16 in 4 layers, top-4"
     assert len(page.loads) == len(ALL)

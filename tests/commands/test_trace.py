@@ -17,7 +17,7 @@ from moejax.data.subword import train_bpe
 from moejax.interop import hf
 from moejax.train.checkpoint import Checkpointer
 from moejax.train.init_from import CHECKPOINTS
-from moejax.train.restore import TOKENIZER
+from moejax.train.restore import TOKENIZER, fingerprints_of
 from tests.interop.tiny_checkpoints import written
 from tests.models.tiny_model import random_model_variables
 
@@ -67,7 +67,7 @@ def content(path):
     return batch
 
 
-def untrained_run(folder):
+def untrained_run(folder, **extra):
     """A run's folder with a checkpoint of step 3, without the cost of training."""
     config = apply_overrides(load_config(TINY), [f"workdir={folder}"])
     store(folder, config, {})
@@ -76,7 +76,7 @@ def untrained_run(folder):
     data.tokenizer.save(folder / TOKENIZER)
     model = experiment.build_model(data.tokenizer.vocab_size)
     with Checkpointer(str(folder / CHECKPOINTS)) as checkpointer:
-        checkpointer.save(3, random_model_variables(model), {})
+        checkpointer.save(3, random_model_variables(model), fingerprints_of(data) | extra)
         checkpointer.wait()
     return data
 
@@ -109,6 +109,15 @@ def test_a_run(tmp_path, texts, capsys, monkeypatch):
     monkeypatch.setattr(type(data.tokenizer), "fingerprint", lambda self: str(id(self)))
     for command in ("trace", "evaluate"):
         assert "give another tokenizer than the one it was" in error_of(capsys, command, run)
+
+
+@pytest.mark.slow
+def test_a_run_whose_held_out_data_changed_is_refused(tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    untrained_run(run, held_out_fingerprint="another")
+    for command in ("trace", "evaluate"):
+        assert "held-out data are not what they were" in error_of(capsys, command, run)
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from moejax.data import (
     JsonLines,
     Mixture,
 )
+from moejax.data.chat import parsed
 from moejax.data.dialogue import Conversation, Pair, encoded
 from moejax.data.tokenizer import Bytes
 
@@ -213,3 +214,8 @@ def test_a_tokenizer_can_be_trained_on_a_chat(tmp_path):
     loaders = data.prepare(**sizes())
     held = list(data.train.documents("eval"))
     assert loaders.held_out_bytes == sum(len(d.response.encode()) for d in held)
+
+
+def test_a_field_that_is_there_twice_is_an_error():
+    with pytest.raises(DataError, match="the field 'response' is there twice"):
+        parsed(b'{"prompt": "a", "response": "b", "response": "c"}', "f:1")

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import tokenizers
-from tokenizers import models, pre_tokenizers
+from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 
 from moejax.data import Chat, Data, DataError, HFTokenizer, chat_template
 from moejax.data.dialogue import Conversation, encoded
@@ -109,6 +109,47 @@ def test_the_tokens_are_those_of_the_whole_rendered_text(template, tmp_path):
     np.testing.assert_array_equal(found.ids, whole.encode(text, add_special_tokens=False).ids)
 
 
+BLANKS = {
+    "first": {"pre_tokenizer": pre_tokenizers.Metaspace(prepend_scheme="first", split=False)},
+    "always": {"pre_tokenizer": pre_tokenizers.Metaspace(prepend_scheme="always", split=False)},
+    "never": {"pre_tokenizer": pre_tokenizers.Metaspace(prepend_scheme="never", split=False)},
+    "prepend": {
+        "normalizer": normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+    },
+}
+TEXT_ONLY = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+
+
+@pytest.mark.parametrize("taking", [None, "lstrip", "rstrip"])
+@pytest.mark.parametrize("template", [CHATML, TRIMMED, TEXT_ONLY])
+@pytest.mark.parametrize("blank", BLANKS)
+def test_blanks_are_where_the_whole_rendered_text_has_them(blank, template, taking, tmp_path):
+    """Before the text alone, before every stretch of it, or taken in by special tokens."""
+    folder = folder_with(template, tmp_path / "t")
+    whole = tokenizers.Tokenizer.from_file(folder + "/tokenizer.json")
+    for name, part in BLANKS[blank].items():
+        setattr(whole, name, part)
+    special = [
+        AddedToken(name, special=True, **{taking or "lstrip": bool(taking)}) for name in SPECIAL
+    ]
+    whole.add_special_tokens(special)
+    whole.save(folder + "/tokenizer.json")
+    turns = [
+        ("user", " Hi there "),
+        ("assistant", "Good  day"),
+        ("user", "Why?"),
+        ("assistant", " So."),
+    ]
+    tokenizer = HFTokenizer(path=folder).prepare(None, "")
+    (found,) = encoded([Conversation(messages=tuple(turns), where="")], tokenizer)
+    text = tokenizer.chat.render(turns)
+    expected = whole.encode(text, add_special_tokens=False)
+    assert found.ids.tolist() == expected.ids, (expected.tokens, spelt(tokenizer, found.ids))
+    np.testing.assert_array_equal(tokenizer.encode_marked(text), expected.ids)
+
+
 @pytest.mark.parametrize("template", EXPECTED)
 def test_transformers_renders_the_same(template, tmp_path):
     transformers = pytest.importorskip("transformers")
@@ -141,7 +182,7 @@ def test_a_message_cannot_spell_a_special_token(tmp_path):
     assert (found.ids == start).sum() == (found.ids == end).sum() == 2
     assert tokenizer.eos_id not in found.ids
     assert spelt(tokenizer, found.ids[found.scored[:-1]]) == "a<eos>b<|im_end|>"
-    assert found.num_bytes == len("a<eos>b<|im_end|>")
+    assert found.num_bytes == len("a<eos>b"), "no text encodes to what closes the turn"
 
 
 @pytest.mark.parametrize(

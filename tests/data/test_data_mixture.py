@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moejax.data import DataError, Mixture
+from moejax.data import ByteTokenizer, Data, DataError, Mixture, TextFiles
 from moejax.data.mixture import PERIOD, Turns
 
 
@@ -58,3 +58,29 @@ def test_bad_weights_are_errors(unchecked):
             Mixture(sources=(source, source), weights=(1.0, bad)).check()
     with pytest.raises(DataError, match="less than one row"):
         Turns((1.0, 1e-7))
+
+
+def folder_of(path, *names):
+    for name in names:
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text(f"{name} says something\n" * 30)
+    return str(path)
+
+
+def prepared(tmp_path, *sources):
+    mixture = Mixture(sources=sources, weights=(1.0,) * len(sources))
+    data = Data(train=mixture, tokenizer=ByteTokenizer(), cache_dir=str(tmp_path / "cache"))
+    return data.prepare(seq_len=32, batch_size=2, seed=0)
+
+
+def test_no_file_is_held_out_by_one_source_and_trained_on_by_another(tmp_path):
+    outer = folder_of(tmp_path / "d", "a.py", "b.py", "in/a.py", "in/b.py", "in/c.md", "in/d.md")
+    whole, inner = TextFiles(path=outer), TextFiles(path=f"{outer}/in")
+    with pytest.raises(DataError, match=r"in/a.py' belongs to sources 0 and 1 of the mixture"):
+        prepared(tmp_path, whole, inner)
+    with pytest.raises(DataError, match="belongs to sources 0 and 1"):
+        prepared(tmp_path, whole, TextFiles(path=outer, pattern="*.py", holdout_every=3))
+    with pytest.raises(DataError, match="source 1 of the mixture is source 0 again"):
+        prepared(tmp_path, inner, TextFiles(path=f"{outer}/in"))
+    assert prepared(tmp_path, whole, TextFiles(path=f"{outer}/in", pattern="*.md"))
+    assert prepared(tmp_path, whole, TextFiles(path=outer, pattern="in/*.py")), "held out alike"

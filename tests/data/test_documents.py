@@ -3,7 +3,7 @@ import logging
 import numpy as np
 import pytest
 
-from moejax.data import DataError, TextFiles
+from moejax.data import DataError, TextFiles, TokenArrays, write_token_arrays
 from moejax.data.documents import token_dtype, tokenized
 from moejax.data.tokenizer import Bytes
 
@@ -68,3 +68,16 @@ def test_dtype_fits_the_vocabulary():
     assert token_dtype(2**16 + 1).itemsize == 4
     with pytest.raises(DataError, match="int32"):
         token_dtype(2**31)
+
+
+@pytest.mark.parametrize("where", [0, 2])
+def test_a_document_that_holds_the_end_token_is_refused(where, tmp_path):
+    documents = [np.full(3, 65) for _ in range(8)]
+    documents[5] = documents[5].copy()
+    documents[5][where] = Bytes.eos_id
+    write_token_arrays(str(tmp_path / "t"), documents, vocab_size=Bytes.vocab_size)
+    source = TokenArrays(path=str(tmp_path / "t"), holdout_every=1000)
+    message = f"holds the end token, id {Bytes.eos_id}, at position {where} of 3"
+    both = lambda: [tokenized(source, s, Bytes(), str(tmp_path / "c")) for s in ("train", "eval")]
+    with pytest.raises(DataError, match=message):
+        both()

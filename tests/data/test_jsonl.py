@@ -69,3 +69,11 @@ def test_fingerprint_depends_on_content_field_and_split(tmp_path):
     path.write_text(path.read_text().replace("a3", "b3"))
     seen.add(source.fingerprint("train"))
     assert len(seen) == 4
+
+
+def test_a_file_beside_its_compressed_copy_is_refused(tmp_path):
+    write(tmp_path / "a.jsonl", [{"text": f"a{i}"} for i in range(40)])
+    with gzip.open(tmp_path / "a.jsonl.gz", "wb") as f:
+        f.write((tmp_path / "a.jsonl").read_bytes())
+    with pytest.raises(DataError, match=r"holds a.jsonl and a.jsonl.gz, the same lines twice"):
+        JsonLines(path=str(tmp_path)).fingerprint("train")

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moejax.data import BestFit, ConcatChunk
+from moejax.data import BestFit, ConcatChunk, pack
 from moejax.data.documents import Documents
 from moejax.data.pack import best_fit_bins, packed
 
@@ -123,3 +123,13 @@ def test_efficiency(tmp_path):
     assert (len(chunk), chunk.efficiency) == (3, 0.75)
     chunk = packed(docs, ConcatChunk(), seq_len=9, seed=None, cache_dir=str(tmp_path))
     assert (len(chunk), chunk.efficiency) == (2, 1.0)
+
+
+def test_rows_of_another_class_of_the_same_name_are_not_taken(tmp_path):
+    class BestFit(ConcatChunk):
+        """Packs in another way than the one that it is named after."""
+
+    docs = make_documents([16] * 3)
+    sizes = {"seq_len": 10, "seed": None, "cache_dir": str(tmp_path)}
+    assert len(packed(docs, pack.BestFit(), **sizes)) == 6
+    assert len(packed(docs, BestFit(), **sizes)) == 5

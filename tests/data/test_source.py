@@ -76,7 +76,7 @@ def test_exclude_and_pattern(tmp_path):
         path.write_text("text")
 
     def found(**kwargs):
-        return [n for n, _ in TextFiles(path=str(tmp_path), **kwargs)._files()]
+        return [n for n, _ in TextFiles(path=str(tmp_path), **kwargs).files()]
 
     assert found(exclude=("build", "*_gen.py")) == ["a.py", "src/build2/d.py", "src/deep/er/e.py"]
     assert found(pattern="*.py", exclude=()) == ["a.py", "x_gen.py"]
@@ -117,10 +117,23 @@ def test_two_files_give_one_to_each_split(tmp_path):
 
 def test_python_stdlib_is_large_and_has_no_tests_or_packages():
     source = python_stdlib()
-    names = [n for n, _ in source._files()]
-    sizes = sum(p.stat().st_size for _, p in source._files())
+    names = [n for n, _ in source.files()]
+    sizes = sum(p.stat().st_size for _, p in source.files())
     assert {"argparse.py", "json/decoder.py", "asyncio/tasks.py"} <= set(names)
     assert 6e6 < sizes < 30e6
     parts = {part for n in names for part in n.split("/")}
     assert not parts & {"test", "tests", "site-packages", "dist-packages", "__pycache__"}
     assert not [n for n in names if "_sysconfigdata" in n]
+
+
+def test_a_link_to_a_folder_is_not_followed_and_said(folder, tmp_path, caplog):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "x.py").write_text("text")
+    (folder / "link").symlink_to(tmp_path / "other")
+    (folder / "file_link.py").symlink_to(tmp_path / "other" / "x.py")
+    with caplog.at_level(logging.WARNING):
+        names = [name for name, _ in TextFiles(path=str(folder)).files()]
+    assert "file_link.py" in names
+    assert "link/x.py" not in names
+    assert "links to folders" in caplog.text
+    assert "the first is link" in caplog.text

@@ -204,3 +204,26 @@ def test_byte_tokenizer_config():
     tokenizer = ByteTokenizer().prepare(None, "")
     assert tokenizer.encode("é").tolist() == [0xC3, 0xA9]
     assert tokenizer.vocab_size % 8 == 0
+
+
+def test_settings_that_a_stored_tokenizer_would_ignore_are_refused(tmp_path):
+    path = str(TOKENIZERS["bpe"].save(tmp_path / "t"))
+    assert HFTokenizer(path=path, vocab_size=320).prepare(None, "").vocab_size == 320
+    for ignored in ({"vocab_size": 512}, {"eos_token": "t"}):
+        with pytest.raises(DataError, match="leave out eos_token and vocab_size"):
+            HFTokenizer(path=path, **ignored).prepare(None, "")
+
+
+def test_files_are_read_as_utf_8_whatever_the_locale(tmp_path):
+    """In Latin-1 the byte-level alphabet would be read as other letters, without an error."""
+    hugging_face_folder(tmp_path / "hf")
+    code = (
+        "import sys, warnings; from moejax.data import HFTokenizer\n"
+        "warnings.filterwarnings('error', category=EncodingWarning, module='moejax')\n"
+        "stored = HFTokenizer(path=sys.argv[1]).prepare(None, '').save(sys.argv[2])\n"
+        "HFTokenizer(path=str(stored)).prepare(None, '')"
+    )
+    command = [sys.executable, "-X", "warn_default_encoding", "-c", code]
+    folders = [str(tmp_path / "hf"), str(tmp_path / "stored")]
+    done = subprocess.run([*command, *folders], text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr

@@ -5,7 +5,8 @@ import pytest
 
 from moejax.data.tokenizer import Bytes
 from moejax.errors import UserError
-from moejax.evaluation.likelihood import Request
+from moejax.evaluation.likelihood import Request, Scorer
+from moejax.parallel.mesh import Mesh
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +94,11 @@ def test_a_mesh_changes_no_score(scorer_of):
     for a, b in zip(one, many, strict=True):
         assert a.log_prob == pytest.approx(b.log_prob, rel=1e-5)
         assert a.greedy == b.greedy
+
+
+def test_a_probability_that_is_nan_is_an_error_and_no_answer(model, variables):
+    mesh = Mesh(data=1).build()
+    broken = jax.tree.map(lambda x: x * np.nan, variables)
+    scorer = Scorer(model, broken, mesh, max_length=20)
+    with pytest.raises(UserError, match="the probability NaN: look for NaN in the weights"):
+        scorer(requests_of([(3, 2)]))

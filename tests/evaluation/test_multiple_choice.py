@@ -1,6 +1,8 @@
 """Which choice each metric takes, its standard error, and the files that are refused."""
 
+import dataclasses
 import json
+import logging
 import math
 import statistics
 
@@ -130,3 +132,19 @@ def test_figures():
     assert total.figures() == pytest.approx(
         {"perplexity per token": 4.0, "bits per token": 2.0, "bits per byte": 0.6}
     )
+
+
+def test_text_that_the_tokenizer_leaves_out_is_reported(scorer_of, caplog):
+    """Bits per byte would be of fewer bytes than they say."""
+
+    class Forgetful(Bytes):
+        def encode(self, text):
+            return super().encode(text.replace("quick", ""))
+
+    reading = dataclasses.replace(READING, tokenizer=Forgetful())
+    with caplog.at_level(logging.WARNING):
+        score_texts(scorer_of(32), reading, ["The quick brown fox."])
+        assert "keeps 15 of the 20 bytes" in caplog.text
+        caplog.clear()
+        score_texts(scorer_of(32), READING, ["The quick brown fox."])
+    assert not caplog.text

@@ -186,3 +186,14 @@ def test_bad_prompts_are_one_clear_sentence(quick):
     model = dense(max_length=8)
     with pytest.raises(UserError, match="13 tokens is longer than model.max_length=8"):
         generate(model, quick[1], [tokens((1,))], RANDOM)
+
+
+def test_a_prompt_draws_by_its_number(quick):
+    """So that a second batch of the same prompts gives other texts, and a single one the same."""
+    model, variables = quick
+    prompts, sampling = [np.array([3, 4])] * 4, Sampling(max_new_tokens=8, temperature=1.0)
+    first = generate(model, variables, prompts, sampling, seed=1)
+    again = generate(model, variables, prompts, sampling, seed=1, numbers=[4, 5, 6, 1])
+    np.testing.assert_array_equal(again[3], first[1])
+    texts = {tuple(ids.tolist()) for ids in (*first, *again)}
+    assert len(texts) == 7

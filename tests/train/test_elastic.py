@@ -50,7 +50,7 @@ def restored(experiment):
         )
         parts = assemble(experiment, model, optimizer, mesh, token_bytes=np.ones(264, np.int32))
         with Checkpointer(f"{experiment.workdir}/{CHECKPOINTS}") as store:
-            state, step = restore.restore_or_init(experiment, model, parts, store, data.fingerprint)
+            state, step = restore.restore_or_init(experiment, model, parts, store, data)
             extra = store.manifest(step).extra
             store.save(step + 1, changing(state), extra)
     return state, step

@@ -1,18 +1,20 @@
 """The loop as a whole: resume, pauses, the order of what is written, foreign data, warnings."""
 
 import dataclasses
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moejax.data.fingerprint import held_out
 from moejax.errors import UserError
 from moejax.parallel.exchange import BACKENDS
 from moejax.train.checkpoint import Checkpointer
 from moejax.train.layout import one_device
 from moejax.train.loop import train
-from moejax.train.restore import CHECKPOINTS, load_variables
+from moejax.train.restore import CHECKPOINTS, TOKENIZER, load_variables
 from moejax.train.state import init_state
 from moejax.transport.least_loaded import LeastLoaded
 from tests.train.smoke_runs import build, records
@@ -111,6 +113,46 @@ def test_other_data_than_the_checkpoints_are_refused(smoke):
     train(smoke("data"), name="run", until=2)
     with pytest.raises(UserError, match="trained on other data"):
         train(smoke("data", "seed=5"), name="run")
+
+
+def files_of(folder):
+    source = "data.train=moejax.data.source:TextFiles"
+    return source, f"data.train.path={folder}", "data.train.pattern=*.py"
+
+
+@pytest.mark.slow
+def test_other_held_out_data_than_the_checkpoints_are_refused(smoke, tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(40):
+        words = "".join(f"def name_{n}(x): return x + {n * number}\n" for n in range(40))
+        (folder / f"{number}.py").write_text(words)
+    run = lambda: smoke("held out", *files_of(folder))
+    train(run(), name="run", until=2)
+    files = sorted(folder.iterdir())
+    every = run().data.train.holdout_every
+    for index in np.flatnonzero(held_out([path.name for path in files], every)):
+        files[index].write_text("another text, as long as it takes")
+    with pytest.raises(UserError, match="evaluated on other held-out data"):
+        train(run(), name="run")
+
+
+@pytest.mark.slow
+def test_a_refused_run_keeps_its_tokenizer(smoke, tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(40):
+        (folder / f"{number}.py").write_text(f"a = {number}\n" * 200)
+    bpe = ("data.tokenizer=moejax.data.subword:BPE", "data.tokenizer.vocab_size=270")
+    run = lambda: smoke("bpe", *files_of(folder), *bpe)
+    train(run(), name="run", until=2)
+    kept = pathlib.Path(run().workdir, TOKENIZER, "tokenizer.json")
+    before = kept.read_bytes()
+    for path in folder.iterdir():
+        path.write_text("quite another text\n" * 200)
+    with pytest.raises(UserError, match="trained on other data"):
+        train(run(), name="run")
+    assert kept.read_bytes() == before
 
 
 @pytest.mark.slow
