@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import zlib
 from typing import Any
 
 import jax
@@ -18,11 +19,13 @@ from moejax.models.variables import parameters
 from moejax.parallel.mesh import Mesh
 from moejax.train import layout
 from moejax.train.assemble import assemble
+from moejax.train.state import TrainState, with_leaves
 from moejax.types import Batch, named_leaves
 
 Outcome = dict[str, np.ndarray]  # by name, in the order in which differences are to be reported
 
 LEARNING_RATE = 0.1
+STIRRED = 0.1  # deviation of what factors of adapters begin with here
 SAME_STATISTICS = ("load", "tokens", "entropy")
 
 
@@ -44,9 +47,10 @@ def outcome(
 ) -> tuple[Outcome, Routed]:
     """(what one step of SGD gives, what its routers did); `replay` is the choices of another.
 
-    The step is the one that training takes, on the experiment's mesh and from its seed. Under the
-    names of the outcome are: the initial parameters, loss, terms, counts, every gradient, the
-    global gradient norm, the updated parameters and the router's state.
+    The step is the one that training takes, on the experiment's mesh and from its seed, but for
+    factors of adapters that begin at zero (`stirred`). Under the names of the outcome are: the
+    initial parameters, loss, terms, counts, every gradient, the global gradient norm, the updated
+    parameters and the router's state.
     """
     recording = _recording(model, replay)
     mesh = experiment.mesh.build(_devices(experiment.mesh))
@@ -58,7 +62,7 @@ def outcome(
             mesh,
             token_bytes=jnp.ones((model.vocab_size,), jnp.int32),
         )
-        state = assembled.initial_state()
+        state = stirred(assembled.initial_state())
         initial = _on_host(parameters(state.variables))  # before the step takes its buffers
         state, metrics = assembled.train_step(state, layout.global_batch(batch, mesh))
         state, metrics = _on_host(state), jax.device_get(metrics)
@@ -78,6 +82,27 @@ def outcome(
         **_named("router_state", state.router_state),
     }
     return {name: np.asarray(value) for name, value in found.items()}, routed
+
+
+def stirred(state: TrainState) -> TrainState:
+    """The state with numbers in the place of adapters' zeros, the same in every layout.
+
+    Fresh adapters add nothing, because one factor of each is zero: the other has no gradient then,
+    nor has a router that weighs them, and whatever is wrong with theirs would go unseen.
+    """
+    leaves = named_leaves(state)
+    fresh = {
+        path: leaf
+        for path, leaf in leaves.items()
+        if path.startswith("params/lora/") and not jnp.any(leaf)
+    }
+    return with_leaves(state, {path: _random(path, leaf) for path, leaf in fresh.items()})
+
+
+def _random(path: str, like: jax.Array) -> jax.Array:
+    rng = np.random.default_rng(zlib.crc32(path.encode()))
+    values = rng.normal(0, STIRRED, like.shape).astype(like.dtype)
+    return jax.make_array_from_callback(like.shape, like.sharding, lambda part: values[part])
 
 
 def _devices(mesh: Mesh) -> list[jax.Device]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ from moejax.verification.compare import Difference, compare
 from moejax.verification.definition import by_definition
 from moejax.verification.outcome import Outcome, Routed, outcome
 from moejax.verification.variants import on_mesh, variants, with_ffn
+
+_log = logging.getLogger(__name__)
 
 VOCABULARY = 64
 SEQUENCE_LENGTH = 16
@@ -114,6 +117,8 @@ def _in_one_dtype(
         return by_definition(found, routed.choices, batch, weights), routed
 
     expected, own = oracle()
+    if unseen := zero_gradients(expected):
+        _log.warning("zero on one device, so that little of it is compared: %s", ", ".join(unseen))
     for variant in wanted:
         check = functools.partial(
             Checked, name=variant.name, dtype=model.dtype, tolerance=tolerance
@@ -135,6 +140,11 @@ def _in_one_dtype(
         wrong = [d for d in differences if not d.error <= tolerance]
         worst = max(differences, key=lambda d: d.error)
         yield check(worst=worst, wrong=wrong, flipped=flipped, margin=margin)
+
+
+def zero_gradients(found: Outcome) -> list[str]:
+    """The names of the gradients that are zero everywhere."""
+    return [name for name in found if name.startswith("gradient ") and not found[name].any()]
 
 
 def make_batch(batch_size: int) -> Batch:

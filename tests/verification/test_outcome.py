@@ -15,7 +15,7 @@ from moejax.verification import flips
 from moejax.verification.compare import compare
 from moejax.verification.outcome import outcome
 from moejax.verification.variants import on_mesh, with_ffn
-from moejax.verification.verify import FLOORS, TOLERANCES, make_batch
+from moejax.verification.verify import FLOORS, TOLERANCES, make_batch, zero_gradients
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +68,15 @@ def test_in_bfloat16_a_mesh_equals_one_device_that_replays_the_same_choices(expe
     assert flips.margin(choices, best, made.probs) > 0
     differences = compare(found, expected, expert_axes(model), floor=FLOORS["bfloat16"])
     assert max(d.error for d in differences) < TOLERANCES["bfloat16"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["configs/lora.py:smoke", "configs/mixture_of_lora.py:smoke"])
+def test_no_factor_of_an_adapter_goes_without_a_gradient(path):
+    """A fresh one does: its other factor is zero, and what is wrong with it would not show."""
+    config = load_config(path)
+    config.model.num_layers = 1
+    adapted = build_config(config)
+    found, _ = outcome(on_mesh(adapted, {}), adapted.build_model(64), make_batch(2))
+    assert any(name.startswith("gradient lora/") for name in found)
+    assert not zero_gradients(found)
