@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--module",
         metavar="FILE.py:NAME",
-        help="check a router, balance rule, transport, expert form or attention of your own "
-        "against its family's contract instead (built by its defaults, or by example())",
+        help="check a router, balance rule, transport, expert form, attention or adapter of your "
+        "own against its family's contract instead (built by its defaults, or by example())",
     )
     parser.add_argument(
         "--devices",
