@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import flax.linen as nn
 import jax.numpy as jnp
 from flax.linen import initializers
 from jaxtyping import Array, ArrayLike, Float, Int
 
+from moejax.errors import UserError
 from moejax.kernels.full_attention import full_attention
 from moejax.layers import decoding_cache, grouped_heads
 from moejax.layers.grouped_heads import over_slots
@@ -70,6 +72,11 @@ class FullAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B S D"], context: Context) -> Float[Array, "B S D"]:
+        if self.soft_cap is not None and not 0 < self.soft_cap < math.inf:
+            raise UserError(
+                f"attention.soft_cap={self.soft_cap} must be positive and finite, or None for no "
+                "cap"
+            )
         q, k, v = grouped_heads.projected(self, x, context)
         sinks = None
         if self.use_sinks:

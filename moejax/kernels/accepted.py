@@ -2,7 +2,8 @@
 
 An implementation is taken by default only where it has passed the conformance kit and was timed: in
 the shipped table, or on the user's own device by `moejax verify-kernels --accept`. A user's result
-holds for one kind of device, one JAX version and one state of the kernels' sources.
+holds for one kind of device, one state of the kernels' sources and one set of versions: of JAX and
+of what compiles and runs its programs.
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
-
 from moejax.errors import UserError
 
 # Kernel -> kind of device -> what is taken there for every product. Figures: docs/benchmarks.md.
@@ -28,6 +27,13 @@ SHIPPED = {
     "grouped_matmul": {"cpu": "tile_scan"},
     "least_loaded": {"cpu": "jnp"},
 }
+
+# Packages whose versions a result depends on: JAX, XLA and kernels for TPU and for CUDA.
+_PACKAGES = (
+    *("jax", "jaxlib", "libtpu", "tokamax", "jax-triton", "triton"),
+    *(f"jax-cuda{cuda}-{part}" for cuda in (12, 13) for part in ("plugin", "pjrt")),
+    *(f"nvidia-cudnn-cu{cuda}" for cuda in (12, 13)),
+)
 
 
 class Accepted(NamedTuple):
@@ -45,15 +51,10 @@ def path() -> pathlib.Path:
     return pathlib.Path(cache) / "moejax" / "kernels.json"
 
 
-def conditions(device_kind: str) -> dict[str, str]:
-    """What a result depends on."""
-    return {
-        "device_kind": device_kind,
-        "jax": jax.__version__,
-        "libtpu": _version("libtpu"),
-        "tokamax": _version("tokamax"),
-        "kernels": sources_hash(),
-    }
+def conditions(device_kind: str) -> dict[str, str | None]:
+    """What a result depends on; None for a package that is not installed."""
+    versions = {package: _version(package) for package in _PACKAGES}
+    return {"device_kind": device_kind, **versions, "kernels": sources_hash()}
 
 
 def look_up(
@@ -152,8 +153,8 @@ def _parsed(file: pathlib.Path, stamp: int) -> list[dict[str, Any]]:
 
 
 @functools.cache
-def _version(package: str) -> str:
+def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "absent"
+        return None

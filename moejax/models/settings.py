@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from moejax.errors import UserError
 from moejax.models import stack
+from moejax.models.moe import MoE
 
 _DTYPES = ("float32", "bfloat16", "float64")
 
@@ -33,6 +35,11 @@ def check_settings(model: Any) -> None:
             f"model.boundaries={model.boundaries} must lie between 1 and "
             f"model.num_layers - 1 = {model.num_layers - 1}"
         )
+    if model.logit_soft_cap is not None and not 0 < model.logit_soft_cap < math.inf:
+        raise UserError(
+            f"model.logit_soft_cap={model.logit_soft_cap} must be positive and finite, or None for "
+            "no cap"
+        )
     if not 0 <= model.last_k_full <= model.num_layers:
         raise UserError(
             f"model.last_k_full={model.last_k_full} names no layers: it must lie between 0 and "
@@ -44,10 +51,27 @@ def check_settings(model: Any) -> None:
             f"key in the same parameters, as MoBA can, and {type(model.block.attention).__name__} "
             "has no method full(): leave it out"
         )
-    if any(model.is_dense(i) for i in range(model.num_layers)) and model.dense_ffn is None:
+    _check_pattern(model)
+
+
+def _check_pattern(model: Any) -> None:
+    """Which layers are dense: that there are such layers, what they need, and who is left."""
+    if not 0 <= model.first_k_dense <= model.num_layers:
+        raise UserError(
+            f"model.first_k_dense={model.first_k_dense} must lie between 0 and "
+            f"model.num_layers={model.num_layers}"
+        )
+    dense = [model.is_dense(i) for i in range(model.num_layers)]
+    if any(dense) and model.dense_ffn is None:
         raise UserError(
             f"model.first_k_dense={model.first_k_dense} and model.moe_every={model.moe_every} "
             "make dense layers, but model.dense_ffn is None: give it a DenseGLU"
+        )
+    if all(dense) and isinstance(model.block.ffn, MoE):
+        raise UserError(
+            f"model.first_k_dense={model.first_k_dense} and model.moe_every={model.moe_every} "
+            f"leave none of model.num_layers={model.num_layers} layers to the MoE of "
+            "model.block.ffn: lower them, or give the block a DenseGLU"
         )
 
 

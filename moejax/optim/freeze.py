@@ -161,11 +161,11 @@ def report(
     `chosen` is from `chosen_experts`.
     """
     leaves = named_leaves(params)
-    patterns = {_Pattern.parse(text).paths: text for text in trainable}
-    matched = match_all(tuple(patterns), list(leaves), field="trainable")
+    patterns = {text: _Pattern.parse(text).paths for text in trainable}
+    matched = match_all(tuple(patterns.values()), list(leaves), field="trainable")
     sizes = {True: [0, 0], False: [0, 0]}
     for path, leaf in leaves.items():
-        trains, num = matches(path, patterns), math.prod(leaf.shape)
+        trains, num = matches(path, patterns.values()), math.prod(leaf.shape)
         sizes[trains][0] += num
         sizes[trains][1] += num * leaf.dtype.itemsize
     for path, own in (chosen or {}).items():
@@ -176,7 +176,7 @@ def report(
     if not leaves:
         raise UserError("trainable: the model has no parameters to train")
     return FreezeReport(
-        matched={patterns[paths]: number for paths, number in matched.items()},
+        matched={text: matched[paths] for text, paths in patterns.items()},
         num_trainable=sizes[True][0],
         num_frozen=sizes[False][0],
         trainable_bytes=sizes[True][1],

@@ -16,6 +16,7 @@ The rules, each of which answers a defect seen in other trainers:
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -55,14 +56,17 @@ class Guard:
     max_consecutive_skips: int = 16
 
     def __post_init__(self):
-        if not 2 <= self.min_history <= self.window:
+        if not 2 <= self.min_history <= self.window < math.inf:
             raise UserError(
-                f"Guard: min_history={self.min_history} must be between 2 and window={self.window}"
+                f"Guard: min_history={self.min_history} must be between 2 and window="
+                f"{self.window}, which must be finite"
             )
-        if self.num_sigmas <= 0 or self.min_rise < 0 or self.max_consecutive_skips < 1:
+        sound = 0 < self.num_sigmas < math.inf and 0 <= self.min_rise < math.inf
+        if not (sound and 1 <= self.max_consecutive_skips < math.inf):
             raise UserError(
                 f"Guard: num_sigmas={self.num_sigmas} must be above 0, min_rise={self.min_rise} "
-                f"0 or more and max_consecutive_skips={self.max_consecutive_skips} at least 1"
+                f"0 or more and max_consecutive_skips={self.max_consecutive_skips} at least 1, and "
+                "all of them finite"
             )
 
     def init(self) -> GuardState:

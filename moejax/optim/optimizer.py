@@ -16,6 +16,7 @@ parameters' dtype (a bf16 second moment stops changing once it is 256 times its 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -70,14 +71,14 @@ class AdamW:
         for name in ("b1", "b2"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise UserError(f"AdamW: {name}={getattr(self, name)} must lie in [0, 1)")
-        if self.eps <= 0 or self.weight_decay < 0:
+        if not (0 < self.eps < math.inf and 0 <= self.weight_decay < math.inf):
             raise UserError(
                 f"AdamW: eps={self.eps} must be above 0 and weight_decay={self.weight_decay} "
-                "must be 0 or more"
+                "must be 0 or more, both finite"
             )
-        if self.clip_norm is not None and self.clip_norm <= 0:
+        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
             raise UserError(
-                f"AdamW: clip_norm={self.clip_norm} must be above 0; None does not clip"
+                f"AdamW: clip_norm={self.clip_norm} must be above 0 and finite; None does not clip"
             )
 
 
@@ -106,10 +107,11 @@ def _cast(tree: Any) -> Any:
 
 
 def _clip(max_norm: float) -> optax.GradientTransformationExtraArgs:
-    """Scales by min(1, max_norm / grad_norm); a norm that is not finite makes the update so."""
+    """Scales by min(1, max_norm / grad_norm); a norm that is not finite makes the update NaN."""
 
     def update(updates, state, params=None, *, grad_norm, **_):
         factor = jnp.minimum(1.0, max_norm / grad_norm)
+        factor = jnp.where(jnp.isfinite(grad_norm), factor, jnp.nan)  # of inf it would be 0
         return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates), state
 
     return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)

@@ -2,6 +2,7 @@
 
 import json
 
+import jaxlib
 import pytest
 
 from moejax.errors import UserError
@@ -63,6 +64,29 @@ def test_results_under_other_conditions_are_stale_and_go(file, monkeypatch):
     accepted.store("H100", {"other": {"int32": every("odd")}}, {})
     (record,) = json.loads(file.read_text())
     assert record["choices"] == {"other": {"int32": every("odd")}}
+
+
+@pytest.mark.parametrize(
+    "package",
+    ["jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cudnn-cu13", "triton"],
+)
+def test_results_depend_on_what_compiles_and_runs_them(package, monkeypatch):
+    installed = accepted._version
+    accepted.store("H100", FAST, {})
+    assert look_up("H100").choices == {"forward": "fast"}  # also where something is absent
+    monkeypatch.setattr(accepted, "_version", lambda p: "99.0" if p == package else installed(p))
+    assert look_up("H100") is None
+    assert accepted.is_stale("H100")
+
+
+def test_versions_are_those_installed_and_none_of_what_is_not(monkeypatch):
+    monkeypatch.setattr(accepted, "_PACKAGES", ("jaxlib", "no-such-package"))
+    assert accepted.conditions("H100") == {
+        "device_kind": "H100",
+        "jaxlib": jaxlib.__version__,
+        "no-such-package": None,
+        "kernels": accepted.sources_hash(),
+    }
 
 
 @pytest.mark.parametrize(

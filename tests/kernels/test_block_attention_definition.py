@@ -101,3 +101,26 @@ def test_a_packed_segment_is_what_it_is_alone(implementation):
         alone = attend(*(x[:, start:stop] for x in arrays))
         np.testing.assert_allclose(packed[:, start:stop], alone, rtol=0, atol=1e-6)
     np.testing.assert_array_equal(packed[:, 90:], 0)
+
+
+@pytest.mark.parametrize("implementation", ["scan", "packed", "reference"])
+def test_nan_in_padding_reaches_nothing(implementation):
+    """In queries, keys, values and the cotangent."""
+    arrays = [jnp.asarray(x[None], jnp.float32) for x in draw(3, 96)]
+    attend = functools.partial(
+        moba_attention,
+        block_size=8,
+        top_k=3,
+        segment_ids=SEGMENTS,
+        implementation=implementation,
+    )
+    found = []
+    for padding in (0.0, jnp.nan):
+        *operands, direction = (
+            jnp.where((SEGMENTS == 0)[..., None, None], padding, x) for x in arrays
+        )
+        out, vjp = jax.vjp(attend, *operands)
+        found.append((out, *vjp(direction)))
+    for clean, poisoned in zip(*found, strict=True):
+        np.testing.assert_array_equal(clean, poisoned)
+        assert np.isfinite(clean).all()

@@ -121,7 +121,7 @@ def test_bfloat16(implementation):
     assert [g.dtype for g in jax.tree.leaves(grads)] == [p.dtype for p in jax.tree.leaves(params)]
 
 
-@pytest.mark.parametrize("implementation", PORTABLE)
+@pytest.mark.parametrize("implementation", [*PORTABLE, "reference"])
 def test_nan_in_unused_rows_and_empty_slots_reaches_nothing(implementation):
     experts = routes()["empty slots"]
     empty = (experts < 0) | (experts >= E)

@@ -193,6 +193,7 @@ def test_huge_logits_neither_overflow_nor_lose_their_sum(length):
     [
         ({"window": 0}, "window=0 must be at least 1"),
         ({"soft_cap": -1.0}, "soft_cap=-1.0 must be positive"),
+        ({"soft_cap": np.inf}, "soft_cap=inf must be positive and finite"),
         ({"implementation": "flash"}, "no implementation 'flash'; use one of"),
         ({"implementation": "splash"}, "'splash' cannot serve this call: it runs on TPU"),
         ({"implementation": "cudnn"}, "'cudnn' cannot serve this call: it runs on NVIDIA GPUs"),
@@ -210,6 +211,37 @@ def test_shapes_that_do_not_fit_are_refused():
         full_attention(x, longer, longer, q_offset=3)
     with pytest.raises(ValueError, match="3 heads of keys do not divide 2 heads of queries"):
         full_attention(x, jnp.ones((1, 4, 3, 8)), jnp.ones((1, 4, 3, 8)))
+
+
+@pytest.mark.parametrize("implementation", ["scan", "reference"])
+@pytest.mark.parametrize("number", [int, np.int64, np.array, jnp.int32], ids=str)
+def test_a_known_offset_is_checked_whatever_its_type(implementation, number):
+    q, k = jnp.ones((1, 8, 2, 4)), jnp.ones((1, 64, 2, 4))
+    attend = functools.partial(full_attention, q, k, k, implementation=implementation)
+    for outside in (60, -3):
+        with pytest.raises(ValueError, match=f"8 queries from position {outside} on do not fit"):
+            attend(q_offset=number(outside))
+    np.testing.assert_array_equal(attend(q_offset=number(56)), attend(q_offset=56))
+
+
+@pytest.mark.parametrize("implementation", ["scan", "reference"])
+@pytest.mark.parametrize("ids", [None, np.repeat([[1, 0]], [10, 6], axis=1)], ids=["", "padding"])
+def test_a_traced_offset_that_does_not_fit_gives_nan(implementation, ids):
+    q, k = jnp.ones((1, 8, 2, 4)), jnp.ones((1, 16, 2, 4))
+    options = {"segment_ids": ids, "implementation": implementation}
+    run = jax.jit(lambda offset: full_attention(q, k, k, q_offset=offset, **options))
+    for offset in (-1, 9, 100):
+        assert np.isnan(run(offset)).all()
+    for offset in (0, 8):
+        np.testing.assert_array_equal(run(offset)[0, : 10 - offset], 1)
+        assert np.isfinite(run(offset)).all()
+
+
+@pytest.mark.parametrize("shape", [(2,), (1,), (), (4, 1)], ids=str)
+def test_sinks_are_one_for_each_head_of_queries(shape, unchecked):
+    q, k = jnp.ones((1, 8, 4, 8)), jnp.ones((1, 8, 2, 8))
+    with pytest.raises(ValueError, match="sinks of shape .* one for each of 4 heads of queries"):
+        full_attention(q, k, k, sinks=jnp.zeros(shape))
 
 
 def test_every_implementation_says_that_it_was_not_run_on_hardware_or_is_plain_jax():

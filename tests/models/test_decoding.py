@@ -154,6 +154,15 @@ def test_positions_have_no_default_with_a_cache():
         decoder(IDS[:, 3:4])
 
 
+@pytest.mark.parametrize("cap", [0.0, -2.0, np.inf, np.nan])
+@pytest.mark.parametrize("cache_length", [None, LENGTH])
+def test_a_soft_cap_that_cannot_be_is_refused_with_and_without_a_cache(cap, cache_length):
+    model = dense(attention=attention(qk_norm=None, soft_cap=cap))
+    variables = random_model_variables(dense())
+    with pytest.raises(UserError, match=f"attention.soft_cap={cap} must be positive and finite"):
+        model.apply(variables, IDS, cache_length=cache_length)
+
+
 def test_a_cache_for_other_rows_or_slots_says_so(model):
     decoder = Decoder(model, compiled=True)
     decoder.cache = model.init_cache(decoder.variables, 2, LENGTH)

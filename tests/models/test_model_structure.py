@@ -14,6 +14,8 @@ from moejax.experts.dense import DenseGLU
 from moejax.verification.contracts.cases import float_dtypes, quick_jit
 from tests.models.tiny_model import as_float64, attention, dense, moe, tiny, tokens
 
+DENSE = DenseGLU(d_ff=6)
+
 
 def test_dtype_policies():
     model = dataclasses.replace(tiny(), dtype="bfloat16", param_dtype="bfloat16")
@@ -48,7 +50,7 @@ def test_init_is_drawn_in_float32_scaled_and_independent_of_x64():
 
 
 def test_logical_axes_name_every_axis_of_every_leaf():
-    model = tiny(num_layers=3, first_k_dense=1, dense_ffn=DenseGLU(d_ff=6))
+    model = tiny(num_layers=3, first_k_dense=1, dense_ffn=DENSE)
     shapes, axes = jax.eval_shape(model.init, jax.random.key(0)), model.logical_axes()
     is_names = lambda leaf: isinstance(leaf, tuple)
     assert jax.tree.structure(shapes) == jax.tree.structure(axes, is_leaf=is_names)
@@ -69,11 +71,11 @@ def test_logical_axes_name_every_axis_of_every_leaf():
         ({"num_layers": 4, "first_k_dense": 2}, [2, 3]),
         ({"num_layers": 6, "moe_every": 2}, [1, 3, 5]),
         ({"num_layers": 6, "first_k_dense": 1, "moe_every": 2}, [2, 4]),
-        ({"num_layers": 2, "first_k_dense": 5}, []),
+        ({"num_layers": 2, "first_k_dense": 2, "ffn": DENSE}, []),
     ],
 )
 def test_layer_patterns(pattern, moe_layers):
-    model = tiny(dense_ffn=DenseGLU(d_ff=6), **pattern)
+    model = tiny(dense_ffn=DENSE, **pattern)
     assert list(model.moe_layers) == moe_layers
     assert (model.moe is None) == (not moe_layers)
     shapes = jax.eval_shape(model.init, jax.random.key(0))["params"]
@@ -113,6 +115,14 @@ def test_router_state_is_updated_layer_by_layer():
         ({"windows": ()}, "model.windows="),
         ({"windows": (4, 0)}, "must name a window of at least 1 position"),
         ({"first_k_dense": 1}, "model.dense_ffn is None"),
+        ({"first_k_dense": -1}, "model.first_k_dense=-1 must lie between 0 and model.num_layers=2"),
+        ({"first_k_dense": 3}, "model.first_k_dense=3 must lie between 0 and model.num_layers=2"),
+        ({"first_k_dense": 2, "dense_ffn": DENSE}, "leave none of model.num_layers=2 layers to"),
+        ({"moe_every": 3, "dense_ffn": DENSE}, "model.moe_every=3 leave none of"),
+        ({"logit_soft_cap": 0.0}, "model.logit_soft_cap=0.0 must be positive and finite"),
+        ({"logit_soft_cap": -5.0}, "model.logit_soft_cap=-5.0 must be positive"),
+        ({"logit_soft_cap": np.inf}, "model.logit_soft_cap=inf must be positive and finite"),
+        ({"logit_soft_cap": np.nan}, "model.logit_soft_cap=nan must be positive and finite"),
     ],
 )
 def test_bad_options_are_one_clear_sentence(options, message, unchecked):

@@ -154,3 +154,10 @@ def test_the_report_of_one_expert_counts_its_numbers_and_the_whole_memory():
     assert (found.num_trainable, found.num_frozen) == (12 + 8, 26)
     assert (found.trainable_bytes, found.frozen_bytes) == (48 + 48, 40)
     assert "of block/experts/w some experts, with a whole gradient" in str(found)
+
+
+def test_the_report_names_every_pattern_of_the_same_paths():
+    several = ("*/experts/*", "*/experts/*@expert=1", "*/experts/*@expert=0,2")
+    found = report(PARAMS, several, chosen_experts(PARAMS, several, AXES))
+    assert found.matched == dict.fromkeys(several, 1)
+    assert all(repr(pattern) in str(found) for pattern in several)

@@ -175,8 +175,16 @@ def test_a_refused_step_of_a_real_optimizer_changes_nothing_but_the_counters():
         {"window": 4, "min_history": 8},
         {"num_sigmas": 0.0},
         {"max_consecutive_skips": 0},
+        {"num_sigmas": NAN},
+        {"num_sigmas": INF},
+        {"min_rise": -0.1},
+        {"min_rise": NAN},
+        {"min_rise": INF},
+        {"max_consecutive_skips": NAN},
+        {"max_consecutive_skips": INF},
+        {"window": INF},
     ],
 )
-def test_values_out_of_range(wrong):
+def test_values_out_of_range(wrong, unchecked):
     with pytest.raises(UserError, match="Guard: "):
         Guard(**wrong)

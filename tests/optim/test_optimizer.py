@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from moejax.errors import UserError
+from moejax.optim.guard import Guard, select
 from moejax.optim.optimizer import AdamW, decay_mask, global_norm
 from moejax.optim.schedule import WarmupCosine
 from moejax.types import named_leaves
@@ -137,7 +138,37 @@ def test_global_norm_adds_in_float32():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"b1": 1.0}, {"b2": -0.1}, {"eps": 0.0}, {"weight_decay": -1.0}, {"clip_norm": 0.0}]
+    "size, norm", [(1e20, np.inf), (np.inf, np.inf), (np.nan, np.nan)], ids=str
+)
+def test_a_norm_that_is_not_finite_gives_no_finite_update(size, norm):
+    """1e20 is finite and its square is not: clipped by it, the gradient would be a silent 0."""
+    params = make_params()
+    optimizer = AdamW(schedule=WarmupCosine(peak=1e-2, warmup_steps=0)).build(params, 10)
+    state = optimizer.init(params)
+    gradient = jax.tree.map(lambda p: jnp.zeros_like(p).at[0].set(size), params)
+    np.testing.assert_equal(float(global_norm(gradient)), norm)
+    updates, new = jax.jit(optimizer.update)(
+        gradient, state, params, grad_norm=global_norm(gradient)
+    )
+    assert all(np.isnan(update).all() for update in jax.tree.leaves(updates))
+    guard = Guard()
+    accept, _ = guard.decide(guard.init(), 3.0, global_norm(gradient), global_norm(updates))
+    kept = select(accept, (optax.apply_updates(params, updates), new), (params, state))
+    jax.tree.map(np.testing.assert_array_equal, kept, (params, state))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"b1": 1.0},
+        {"b2": -0.1},
+        {"eps": 0.0},
+        {"weight_decay": -1.0},
+        {"clip_norm": 0.0},
+        *({name: np.nan} for name in ("b1", "b2", "eps", "weight_decay", "clip_norm")),
+        *({name: np.inf} for name in ("eps", "weight_decay", "clip_norm")),
+    ],
+    ids=str,
 )
 def test_values_out_of_range(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):

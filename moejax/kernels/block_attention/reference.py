@@ -35,7 +35,8 @@ def moba_attention(
     real = segment_ids != 0
     k, v = (jnp.where(real[:, :, None, None], x, 0) for x in (k, v))
     at_query = jnp.asarray(q_offset) + jnp.arange(num_queries)
-    q = jnp.where(real[:, at_query, None, None], q, 0)
+    asked = real[:, at_query, None, None]
+    q = jnp.where(asked, q, 0)
 
     # The block of a key is named by its first key.
     position = jnp.arange(num_keys)
@@ -69,4 +70,5 @@ def moba_attention(
     weight = jax.nn.softmax(jnp.where(allowed, logits, jnp.where(some, -jnp.inf, 0)), axis=-1)
     weight = jnp.where(allowed, weight, 0)
     out = jnp.einsum("bhgsm,bmhd->bshgd", weight, v.astype(wide))
-    return out.reshape(num_rows, num_queries, num_heads, -1)
+    out = out.reshape(num_rows, num_queries, num_heads, -1)
+    return jnp.where(asked, out, 0)  # selects the cotangent too

@@ -24,8 +24,8 @@ def expert_mlp(
     num_experts = w_gate.shape[0]
     chosen = experts[..., None] == jnp.arange(num_experts)  # [T, K, E]
     weight = jnp.sum(jnp.where(chosen, weights[..., None], 0), axis=1)  # [T, E]
-    used = jnp.any(chosen, axis=(1, 2))
-    x = jnp.where(used[:, None], x, 0)
+    used = jnp.any(chosen, axis=(1, 2))[:, None]
+    x = jnp.where(used, x, 0)
 
     def one_expert(w_gate, w_up, w_down, biases, weight):
         gate, up, down = (0, 0, 0) if biases is None else biases
@@ -33,4 +33,4 @@ def expert_mlp(
         return weight[:, None] * (a @ w_down + down)
 
     y = jax.vmap(one_expert)(w_gate, w_up, w_down, biases, weight.T)
-    return jnp.sum(y, axis=0)
+    return jnp.where(used, jnp.sum(y, axis=0), 0)  # selects the cotangent too

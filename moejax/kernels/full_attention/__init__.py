@@ -9,9 +9,11 @@ from __future__ import annotations
 import functools
 import importlib
 import math
+import operator
 from types import ModuleType
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import ArrayLike, Float, Int
@@ -58,18 +60,20 @@ def full_attention(
       sinks: a logit per query head for one more key, of value 0; not capped.
       soft_cap: logits become `soft_cap tanh(logits / soft_cap)`.
       scale: 1 / sqrt(N) when None.
-      q_offset: may be traced; `q_offset + S` is at most M, which is checked where it is not.
+      q_offset: may be traced; NaN then where the queries do not all stand within the keys.
       implementation: "scan" (plain JAX, memory linear in S), "reference" (the definition, a dense
         mask), "cudnn" (NVIDIA) or "splash" (TPU), both of JAX and not yet run on hardware here.
         None lets `dispatch.choose` pick: "scan", until another was accepted for this kind of
         device.
 
     Raises:
-      ValueError: shapes that do not fit together.
+      ValueError: shapes, or an offset, that do not fit together.
       UserError: a window, cap or implementation that cannot be.
     """
     # Within shard_map, gradients of what several devices share are sums over all of them.
     q, k, v, sinks = compat.vary_alike((q, k, v, sinks))
+    if not isinstance(q_offset, jax.core.Tracer):
+        q_offset = operator.index(q_offset)
     call = Call(
         segment_ids=None if segment_ids is None else jnp.asarray(segment_ids),
         sinks=sinks,
@@ -94,7 +98,11 @@ def full_attention(
         return module(name).attention(q, k, v, call).astype(v.dtype)
     queries, keys = (rows[..., None, None] for rows in used)
     q, k, v = jnp.where(queries, q, 0), jnp.where(keys, k, 0), jnp.where(keys, v, 0)
-    return jnp.where(queries, module(name).attention(q, k, v, call), 0).astype(v.dtype)
+    out = jnp.where(queries, module(name).attention(q, k, v, call), 0).astype(v.dtype)
+    if call.static_offset is not None:
+        return out
+    outside = (q_offset < 0) | (q_offset > k.shape[1] - q.shape[1])
+    return jnp.where(outside, jnp.nan, out)
 
 
 def module(name: str) -> ModuleType:
@@ -119,6 +127,10 @@ def _check(q: Array, k: Array, v: Array, call: Call) -> None:
         )
     if heads % kv_heads:
         raise ValueError(f"{kv_heads} heads of keys do not divide {heads} heads of queries")
+    if call.sinks is not None and call.sinks.shape != (heads,):
+        raise ValueError(
+            f"sinks of shape {call.sinks.shape} must be one for each of {heads} heads of queries"
+        )
     offset = call.static_offset or 0
     if offset < 0 or offset + length > num_keys:
         raise ValueError(
@@ -126,5 +138,5 @@ def _check(q: Array, k: Array, v: Array, call: Call) -> None:
         )
     if call.window is not None and call.window < 1:
         raise UserError(f"window={call.window} must be at least 1: a query sees itself")
-    if call.soft_cap is not None and not call.soft_cap > 0:
-        raise UserError(f"soft_cap={call.soft_cap} must be positive, or None for no cap")
+    if call.soft_cap is not None and not 0 < call.soft_cap < math.inf:
+        raise UserError(f"soft_cap={call.soft_cap} must be positive and finite, or None for no cap")

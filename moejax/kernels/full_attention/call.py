@@ -17,7 +17,7 @@ class Call(NamedTuple):
       window: how many positions a query sees, its own among them; None for all.
       soft_cap: bound of the logits, or None.
       scale: of the logits.
-      q_offset: the first query's position; may be traced.
+      q_offset: the first query's position: an int, or an array that is traced.
     """
 
     segment_ids: Any
