@@ -37,6 +37,9 @@ if [[ $devices == gpus ]]; then
   # Else JAX, which counts one task per device, takes the first one of each node only.
   JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((gpus - 1)))
   export JAX_LOCAL_DEVICE_IDS
+  # Of a GPU's memory JAX takes three quarters else. It refuses the old name beside the new one.
+  [[ -n ${XLA_PYTHON_CLIENT_MEM_FRACTION:-} ]] ||
+    export XLA_CLIENT_MEM_FRACTION=${XLA_CLIENT_MEM_FRACTION:-0.92}
 else
   export JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=${devices#cpus:}
   # Threads: a simulated device that waits in a collective holds one, and must leave others some.

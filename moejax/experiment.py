@@ -19,7 +19,7 @@ from moejax.models.flops import Size, size
 from moejax.models.generate import Sampling
 from moejax.models.transformer import Transformer
 from moejax.models.variables import parameters
-from moejax.objectives.objective import Objective
+from moejax.objectives.objective import Objective, passes
 from moejax.optim import freeze
 from moejax.optim.guard import Guard
 from moejax.optim.optimizer import AdamW
@@ -189,10 +189,16 @@ class Experiment:
         return dataclasses.replace(self.model, vocab_size=vocab_size, adapter=self.adapter)
 
     def size(self, model: Transformer) -> Size:
-        """Parameters and FLOPs per token, of what trains and what is frozen."""
+        """Parameters, and FLOPs per token in all passes over it; of what trains and is frozen."""
         shapes = parameters(jax.eval_shape(model.init, jax.random.key(0)))
         _, frozen = freeze.split(shapes, self.trainable)
-        return size(model, self.sequence_length, frozen=named_leaves(frozen))
+        counted = size(model, self.sequence_length, frozen=named_leaves(frozen))
+        times = passes(self.objective)
+        return dataclasses.replace(
+            counted,
+            train_flops_per_token=times * counted.train_flops_per_token,
+            forward_flops_per_token=times * counted.forward_flops_per_token,
+        )
 
     def abstract_batch(self, batch_size: int) -> Batch:
         """Shapes and dtypes of a batch of the data."""

@@ -15,8 +15,8 @@ from moejax.commands import arguments
 from moejax.errors import UserError
 
 EXAMPLE = (
-    "moejax neighbours configs/roma.py init_from=runs/olmoe --embeddings prompts.npy "
-    "--out runs/neighbours.npz"
+    "moejax neighbours configs/router_tuning.py:roma init_from=runs/olmoe "
+    "data.train.path=answers.jsonl --embeddings prompts.npy --out runs/neighbours.npz"
 )
 
 

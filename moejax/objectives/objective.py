@@ -30,6 +30,8 @@ class Objective(Protocol):
 
     The term `lm` is the cross-entropy in nats per token of the text that shall be modelled. The
     measure `bits_per_byte` is of all targets that count, so that it compares with compressors.
+
+    An objective whose step computes every row several times says how often in `passes`.
     """
 
     def weights(self, model: Transformer) -> dict[str, float]:
@@ -49,3 +51,8 @@ class Objective(Protocol):
     ) -> Result:
         """Terms of one batch. `token_bytes[v]` is the number of UTF-8 bytes of token v."""
         ...
+
+
+def passes(objective: Objective) -> int:
+    """How often a training step computes each row: the objective's `passes`, or once."""
+    return getattr(objective, "passes", 1)

@@ -42,6 +42,11 @@ class RLOO:
     num_draws: int = 2
     next_token: NextToken = dataclasses.field(default_factory=NextToken)
 
+    @property
+    def passes(self) -> int:
+        """How often a training step computes each row."""
+        return self.num_draws
+
     def weights(self, model: Transformer) -> dict[str, float]:
         """{term: factor in the total loss}."""
         return self.next_token.weights(model) | {"policy": 1.0}

@@ -12,13 +12,16 @@ from moejax.planning.memory import BATCH, Memory
 _GB = 1e9
 
 
-def advice(experiment: Experiment, memory: Memory, sizes: Mapping[str, int]) -> list[str]:
+def advice(
+    experiment: Experiment, memory: Memory, sizes: Mapping[str, int], *, num_slices: int = 1
+) -> list[str]:
     """Sentences that each name a setting; empty where the step fits.
 
     Args:
       experiment: that was planned.
       memory: of one device.
       sizes: {axis: size} of the mesh.
+      num_slices: over which `data` is split, and no other axis.
     """
     if memory.fits:
         return []
@@ -29,18 +32,24 @@ def advice(experiment: Experiment, memory: Memory, sizes: Mapping[str, int]) -> 
     ]
     # The gradients of what trains are there besides, and so are they where the compiler refuses.
     if state > memory.capacity / 2:
-        said += _smaller_state(sizes, state)
+        said += _smaller_state(sizes, state, num_slices)
     else:
         said += _smaller_step(experiment, sizes)
     return said
 
 
-def _smaller_state(sizes: Mapping[str, int], state: int) -> list[str]:
-    if sizes["data"] > 1:
+def _smaller_state(sizes: Mapping[str, int], state: int, num_slices: int) -> list[str]:
+    copies = sizes["data"] // num_slices  # within a slice, which fsdp cannot leave
+    if copies > 1:
         return [
             f"mesh.data={sizes['data']} holds the state so often: with mesh.fsdp="
-            f"{sizes['fsdp'] * sizes['data']} and mesh.data=1 a device holds about "
-            f"{state / sizes['data'] / _GB:.1f} GB"
+            f"{sizes['fsdp'] * copies} and mesh.data={num_slices} a device holds about "
+            f"{state / copies / _GB:.1f} GB"
+        ]
+    if num_slices > 1:
+        return [
+            f"every slice holds the whole state: slices of twice as many chips with mesh.fsdp="
+            f"{2 * sizes['fsdp']} hold about {state / 2 / _GB:.1f} GB on each device"
         ]
     return [
         f"a cluster of twice as many devices with mesh.fsdp={2 * sizes['fsdp']} holds about "

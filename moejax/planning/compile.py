@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from moejax.experiment import Experiment
 from moejax.models.transformer import Transformer
 from moejax.models.variables import parameters
 from moejax.parallel.sharding import partition_spec
+from moejax.planning.phase import Phase, longest
 from moejax.train import layout
 from moejax.train.assemble import assemble
 from moejax.train.state import TrainState
@@ -29,11 +31,14 @@ class CompiledStep:
     """A step and its abstract arguments, which say where they lie.
 
     Attributes:
-      model: with its vocabulary.
+      model: with its vocabulary, as it computes in `phase`.
       mesh: over the devices that it is compiled for.
       state, batch: `jax.ShapeDtypeStruct`s with shardings.
       program: None where it does not fit into the devices' memory.
       refusal: what the compiler then says.
+      phase: that `counted` is of; None where all steps compute alike.
+      counted: the program whose work counts: `program`, or that of the phase alone, since a
+        run's own program holds every phase.
       seconds: that tracing and compiling took.
     """
 
@@ -44,6 +49,8 @@ class CompiledStep:
     program: jax.stages.Compiled | None
     refusal: str | None
     seconds: float
+    phase: Phase | None = None
+    counted: jax.stages.Compiled | None = None
 
 
 def compile_step(
@@ -54,8 +61,10 @@ def compile_step(
     Kernels are chosen by the mesh's devices (`kernels.compat`), so it is traced under the mesh.
     What is computed at once is computed outside, because its devices may not be there.
 
-    Raises UserError for a mesh or batch that the devices cannot be split into.
+    Raises UserError for a mesh or batch that the devices cannot be split into, and for a mesh that
+    leaves some of them out.
     """
+    _check_all_used(experiment, len(devices))
     experiment.mesh.check_batch(
         len(devices),
         batch_size=experiment.batch_size // experiment.num_microbatches,
@@ -66,29 +75,51 @@ def compile_step(
     model = experiment.build_model(vocab_size)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     optimizer = experiment.build_optimizer(parameters(shapes))
-    run = assemble(experiment, model, optimizer, mesh, token_bytes=np.ones((vocab_size,), np.int32))
+    token_bytes = np.ones((vocab_size,), np.int32)
+    run = assemble(experiment, model, optimizer, mesh, token_bytes=token_bytes)
     state = layout.with_sharding(jax.eval_shape(run.fresh), run.shardings)
     batch = _batch(experiment, mesh)
-    program, refusal = None, None
-    with _no_cache(), jax.set_mesh(mesh):
+
+    def compiled(run: Any) -> jax.stages.Compiled:
         # Once more, with the compiler's options for the platform of this mesh.
         shardings = (run.shardings, layout.replicated(mesh))
         step = jit_step(run.train_step.__wrapped__, shardings=shardings)
+        return step.lower(state, batch).compile()
+
+    phase = longest(model, experiment.steps)
+    program = counted = refusal = None
+    with _no_cache(), jax.set_mesh(mesh):
         try:
-            program = step.lower(state, batch).compile()
+            program = counted = compiled(run)
+            if phase is not None:
+                alone = assemble(experiment, phase.model, optimizer, mesh, token_bytes=token_bytes)
+                counted = compiled(alone)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             refusal = str(error)
     return CompiledStep(
-        model=model,
+        model=model if phase is None else phase.model,
         mesh=mesh,
         state=state,
         batch=batch,
         program=program,
         refusal=refusal,
+        phase=phase,
+        counted=counted,
         seconds=time.perf_counter() - started,
     )
+
+
+def _check_all_used(experiment: Experiment, num_devices: int) -> None:
+    sizes = experiment.mesh.sizes(num_devices)
+    used = math.prod(sizes.values())
+    if used < num_devices:
+        raise UserError(
+            f"the mesh uses {used} of {num_devices} devices, which a run of several processes "
+            f"refuses: leave mesh.data unset, set it to {num_devices * sizes['data'] // used}, or "
+            f"plan for {used} devices"
+        )
 
 
 def vocabulary(experiment: Experiment, stated: int | None = None) -> int:

@@ -1,14 +1,16 @@
 """Seconds that a collective takes on the network between devices, by a stated model.
 
-A mesh axis that leaves the slice (TPU) or the host (GPU) runs at what a device sends out of it;
-every other at what it sends within. On a torus a ring along one axis uses that axis' two links of
-a device, and half of it where the axis does not wrap around; several torus axes work at once.
+On a torus a ring along one axis uses that axis' two links of a device, and half of it where the
+axis does not wrap around; several torus axes work at once. What leaves a slice (TPU) or a host
+(GPU) leaves through the network cards of all the devices that the group has there, one each.
 Latency is not counted.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import jax
@@ -27,15 +29,18 @@ class Link:
     """What a group of devices has between them.
 
     Attributes:
-      bandwidth: that each device sends at, bytes/s.
+      bandwidth: that each device sends at within its slice or host, bytes/s.
       spread: seconds for each byte that a device has for the others alike, 0 where `bandwidth`
         says it.
-      leaves: whether it leaves the slice or the host.
+      out: that each device sends at out of its slice or host, bytes/s.
+      hosts: over how many of them the group lies. each: its devices in the one with fewest.
     """
 
     bandwidth: float
     spread: float
-    leaves: bool
+    out: float = math.inf
+    hosts: int = 1
+    each: int = 1
 
 
 def link(axes: tuple[str, ...], mesh: jax.sharding.Mesh, topology: Topology) -> Link:
@@ -45,10 +50,11 @@ def link(axes: tuple[str, ...], mesh: jax.sharding.Mesh, topology: Topology) -> 
         raise ValueError("the CPU's simulated devices have no network")
     group = _group(axes, mesh)
     if chip.torus_axes == 0:
-        hosts = len({device.process_index for device in group})
-        return Link(bandwidth=chip.slow if hosts > 1 else chip.fast, spread=0, leaves=hosts > 1)
+        hosts = collections.Counter(device.process_index for device in group)
+        each = min(hosts.values())
+        return Link(bandwidth=chip.fast, spread=0, out=chip.slow, hosts=len(hosts), each=each)
     if axes == (SLICE,):
-        return Link(bandwidth=chip.slow, spread=0, leaves=True)
+        return Link(bandwidth=chip.fast, spread=0, out=chip.slow, hosts=topology.num_slices)
     group = by_slice(group)[0]  # what crosses slices is counted on its own
     places = np.array([device.coords for device in group])
     rings = {i: len(set(places[:, i])) for i in range(3) if len(set(places[:, i])) > 1}
@@ -56,26 +62,28 @@ def link(axes: tuple[str, ...], mesh: jax.sharding.Mesh, topology: Topology) -> 
     each = {i: per_axis * _share(n, topology, i) for i, n in rings.items()}
     spread = max((n / (4 * each[i]) for i, n in rings.items()), default=0)
     # Devices of one chip: what joins them is not slower than a link.
-    return Link(bandwidth=sum(each.values()) or per_axis, spread=spread, leaves=False)
+    return Link(bandwidth=sum(each.values()) or per_axis, spread=spread)
 
 
 def seconds(exchange: Exchange, joined: Link) -> float:
     """One call of a collective.
 
-    Gathering and scattering N bytes over n devices send N (n - 1) / n from each, a sum twice that.
-    Rows for everybody cross a ring of m devices m / 4 links far on the mean, in both directions.
+    Gathering and scattering N bytes over n devices send N (n - 1) / n from each, and over h hosts
+    N (h - 1) / h from each host, through the cards of all its devices; a sum twice that. Of rows
+    for everybody, N (h - 1) / h leave the host from each device. They cross a ring of m devices
+    m / 4 links far on the mean, in both directions.
     """
     num_bytes, n = exchange.num_bytes, exchange.size
     if n == 1:
         return 0.0
     if exchange.kind == "collective-permute":
-        return num_bytes / joined.bandwidth
-    sent = num_bytes * (n - 1) / n
-    if exchange.kind == "all-reduce":
-        return 2 * sent / joined.bandwidth
+        return num_bytes / (joined.out if joined.hosts > 1 else joined.bandwidth)
+    within = num_bytes * (n - 1) / n / joined.bandwidth
+    beyond = num_bytes * (joined.hosts - 1) / joined.hosts / joined.out
     if exchange.kind in ("all-to-all", "ragged-all-to-all"):
-        return max(sent / joined.bandwidth, num_bytes * joined.spread)
-    return sent / joined.bandwidth
+        return max(within, num_bytes * joined.spread, beyond)
+    once = max(within, beyond / joined.each)
+    return 2 * once if exchange.kind == "all-reduce" else once
 
 
 def _group(axes: tuple[str, ...], mesh: jax.sharding.Mesh) -> list[jax.Device]:

@@ -11,6 +11,7 @@ from moejax.experiment import Experiment
 from moejax.planning import advice, dense, hlo
 from moejax.planning.compile import CompiledStep, compile_step, vocabulary
 from moejax.planning.memory import Copied, Memory, memory_of, most_copied
+from moejax.planning.phase import Phase
 from moejax.planning.roofline import Estimate, Flops, estimate, flops_of
 from moejax.planning.topology import Topology
 from moejax.planning.work import Work, work_of
@@ -33,6 +34,7 @@ class Plan:
       estimate: of a step's time; None where it was refused, and for simulated devices.
       expansions: arrays of every expert on every token, which there should be none of.
       refusal: what the compiler says of a program that does not fit.
+      phase: the steps that work, FLOPs and time are of; None where all compute alike.
       advice: what to change, in sentences.
       seconds: that tracing and compiling took.
       versions: of what the program depends on.
@@ -49,6 +51,7 @@ class Plan:
     estimate: Estimate | None
     expansions: list[str]
     refusal: str | None
+    phase: Phase | None
     advice: list[str]
     seconds: float
     versions: dict[str, str]
@@ -73,8 +76,8 @@ def plan_of(
     sizes = dict(step.mesh.shape)
     work = flops = guess = None
     expansions: list[str] = []
-    if step.program is not None:
-        module = hlo.read(step.program.as_text())
+    if step.counted is not None:
+        module = hlo.read(step.counted.as_text())
         work = work_of(module, sizes, num_slices=topology.num_slices)
         flops = flops_of(experiment, step.model, work, step.mesh.size)
         split = step.mesh.size // sizes["tensor"]
@@ -93,7 +96,8 @@ def plan_of(
         estimate=guess,
         expansions=expansions,
         refusal=step.refusal,
-        advice=advice.advice(experiment, memory, sizes),
+        phase=step.phase,
+        advice=advice.advice(experiment, memory, sizes, num_slices=topology.num_slices),
         seconds=step.seconds,
         versions=_versions(topology),
     )

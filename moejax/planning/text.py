@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,8 @@ from moejax.planning.plan import Plan
 _SMALL = 10**8
 _ROWS = 12  # collectives that are shown; the others are added up
 _SHOWN_EXPANSIONS = 5
+LAUNCHED = 0.92  # of a GPU, in launch/slurm.sh and launch/gke_gpu.yaml
+_POOL = 0.75  # of a GPU, which JAX takes unless it is told otherwise
 
 
 def describe(plan: Plan) -> str:
@@ -34,6 +37,7 @@ def as_json(plan: Plan, **more: Any) -> dict[str, Any]:
         "copied": [dataclasses.asdict(leaf) for leaf in plan.copied],
         "expansions": plan.expansions,
         "refusal": plan.refusal,
+        "phase": None if plan.phase is None else str(plan.phase),
         "advice": plan.advice,
     }
     if plan.work is not None and plan.flops is not None:
@@ -42,6 +46,7 @@ def as_json(plan: Plan, **more: Any) -> dict[str, Any]:
         found["kernels"] = dict(plan.work.kernels)
         found["open_loops"] = plan.work.open_loops
         found["open_exchanges"] = plan.work.open_exchanges
+        found["tied_conditionals"] = plan.work.tied
         found["collectives"] = [
             exchange._asdict() | {"count": count}
             for exchange, count in network.largest_first(plan.work.exchanges)
@@ -61,6 +66,9 @@ def _cluster(plan: Plan) -> Iterator[str]:
     yield f"{plan.topology.name}: {plan.topology.num_devices} devices ({kind}), mesh {split}"
     yield f"{plan.tokens:,} tokens a step, vocabulary {plan.vocab_size:,}"
     yield f"compiled in {plan.seconds:.0f} s with {versions}"
+    if plan.phase is not None:
+        yield f"the model changes with the step: collectives, FLOPs and time are of {plan.phase},"
+        yield "memory is of the whole run"
     yield ""
 
 
@@ -81,7 +89,21 @@ def _memory(plan: Plan) -> Iterator[str]:
         least = "" if memory.temporaries is not None else "at least "
         yield f"  {'needed':46} {_gb(memory.needed)}  {least}of {_gb(memory.capacity).strip()}"
         yield f"  {verdict}"
+        yield from _pool(plan)
     yield ""
+
+
+def _pool(plan: Plan) -> Iterator[str]:
+    """Where JAX's own share of a GPU is not enough."""
+    memory, chip = plan.memory, plan.topology.chip
+    if chip is None or chip.torus_axes or not memory.fits:
+        return
+    if memory.needed and memory.needed > _POOL * chip.memory:
+        share = math.ceil(100 * memory.needed / chip.memory) / 100
+        yield (
+            f"  JAX takes {_POOL:.0%} of a GPU: set XLA_CLIENT_MEM_FRACTION to {share:.2f} or more "
+            f"(the launchers set {LAUNCHED})"
+        )
 
 
 def _refusal(plan: Plan) -> Iterator[str]:
@@ -131,6 +153,9 @@ def _time(plan: Plan) -> Iterator[str]:
     if flops is None:
         return
     yield f"FLOPs of a device and step: model {flops.model:.3e}, executed {flops.executed:.3e}"
+    if plan.work is not None and plan.work.tied:
+        tied = f"{plan.work.tied:,} conditionals that no collective decides"
+        yield f"  (of {tied}, the branch with most products)"
     if guess is None or plan.topology.chip is None:
         return
     yield ""

@@ -48,19 +48,38 @@ def bytes_moved(
     if opcode == "fusion":
         return _of_fusion(instruction, given, module)
     if opcode in _CUTS:
-        return 2 * _main(instruction.arrays) + sum(map(_main, given[1:]))
+        return 2 * main_bytes(instruction.arrays) + sum(map(main_bytes, given[1:]))
     if opcode in ("dynamic-update-slice", "scatter"):
-        return 2 * _main(given[2 if opcode == "scatter" else 1])
+        return 2 * main_bytes(given[2 if opcode == "scatter" else 1])
     if opcode.endswith("-start"):  # an asynchronous copy: its result names both ends, and marks
-        return _main(given[0]) + _main(instruction.arrays[:1]) if given else 0
-    return _main(instruction.arrays) + sum(map(_main, given))
+        return main_bytes(given[0]) + main_bytes(instruction.arrays[:1]) if given else 0
+    return main_bytes(instruction.arrays) + sum(map(main_bytes, given))
+
+
+def bytes_of_collective(instruction: Instruction, lines: Mapping[str, Instruction]) -> float:
+    """What a collective reads here and writes here, once; an asynchronous one where it starts."""
+    names = instruction.operands
+    if instruction.opcode.startswith("ragged-all-to-all"):
+        names = names[:1]  # the second is where it writes, the others are sizes
+    given = [a for name in instruction.operands if name in lines for a in lines[name].arrays]
+    read = sum(main_bytes(lines[name].arrays) for name in names if name in lines)
+    return read + main_bytes(_collective_results(instruction, given))
+
+
+def _collective_results(instruction: Instruction, given: Sequence[Array]) -> Sequence[Array]:
+    """What comes out of it; most `-start`s return what is `given` before that, and marks behind."""
+    found = instruction.arrays
+    if not instruction.opcode.endswith("-start"):
+        return found
+    unmarked = [a for a in found if a.dtype != "u32" or a.dims]
+    return unmarked[len(given) :] or unmarked  # all-reduce-start has two spellings
 
 
 def _of_fusion(
     instruction: Instruction, given: Sequence[tuple[Array, ...]], module: Module
 ) -> float:
     if len(instruction.called) != 1:
-        return _main(instruction.arrays) + sum(map(_main, given))
+        return main_bytes(instruction.arrays) + sum(map(main_bytes, given))
     inside = module.computations[instruction.called[0]]
     lines = {line.name: line for line in inside}
     read = sum(
@@ -69,12 +88,12 @@ def _of_fusion(
     )
     results = _results(inside, lines)
     if len(results) != len(instruction.arrays):
-        return read + _main(instruction.arrays)
+        return read + main_bytes(instruction.arrays)
     written = 0
     for line, array in zip(results, instruction.arrays, strict=True):
         updates = line is not None and line.opcode == "dynamic-update-slice"
         update = lines.get(line.operands[1]) if updates else None
-        written += _main((array,)) and (_size(update.arrays) if update else array.num_bytes)
+        written += main_bytes((array,)) and (_size(update.arrays) if update else array.num_bytes)
     return read + written
 
 
@@ -82,7 +101,7 @@ def _read(
     parameter: Instruction, inside: Sequence[Instruction], arrays: tuple[Array, ...]
 ) -> float:
     """Of an operand of a fusion: slices of it where only slices are used."""
-    whole = _main(arrays)
+    whole = main_bytes(arrays)
     if not whole:
         return 0
     cut = 0
@@ -119,7 +138,7 @@ def _results(
     return found
 
 
-def _main(arrays: Sequence[Array]) -> int:
+def main_bytes(arrays: Sequence[Array]) -> int:
     """Bytes in main memory."""
     return sum(a.num_bytes for a in arrays if a.memory == 0)
 

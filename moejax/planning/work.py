@@ -1,7 +1,8 @@
 """What one run of a program does: its collectives, products and memory traffic, loops multiplied.
 
 Of a conditional the branch of a balanced routing counts: the one without collectives in loops, and
-of such the one with the fewest. A loop runs as often as XLA says; where its length depends on
+of such the one with the fewest; of branches whose collectives are the same, the one with most
+products. A loop runs as often as XLA says; where its length depends on
 values (tiles of rows, rounds) it counts once and is reported.
 """
 
@@ -18,7 +19,7 @@ from moejax.planning import replica_groups
 from moejax.planning.hlo import Array, Instruction, Module
 from moejax.planning.loops import trip_count
 from moejax.planning.products import flops_of
-from moejax.planning.traffic import bytes_moved
+from moejax.planning.traffic import bytes_moved, bytes_of_collective, main_bytes
 
 KINDS = (
     "all-gather",
@@ -64,6 +65,7 @@ class Work:
       open_loops: how often a loop is entered whose length depends on values. What is in it counts
         once, products not at all.
       open_exchanges: collectives in such loops.
+      tied: how often a conditional is met whose branches differ in products and not in collectives.
     """
 
     exchanges: collections.Counter[Exchange] = dataclasses.field(
@@ -74,6 +76,7 @@ class Work:
     kernels: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     open_loops: int = 0
     open_exchanges: int = 0
+    tied: int = 0
 
     def plus(self, other: Work, times: int = 1) -> Work:
         """Both, the other so often."""
@@ -85,6 +88,7 @@ class Work:
             kernels=add(self.kernels, other.kernels),
             open_loops=self.open_loops + times * other.open_loops,
             open_exchanges=self.open_exchanges + times * other.open_exchanges,
+            tied=self.tied + times * other.tied,
         )
 
 
@@ -132,12 +136,15 @@ class _Walk:
         opcode = instruction.opcode
         lines = self._lines(where)
         if kind := kind_of(instruction):
-            return self._exchange(instruction, kind, lines), 1
+            moved = 0 if fused else bytes_of_collective(instruction, lines)
+            return self._exchange(instruction, kind, lines, moved), 1
         if opcode == "send" and (found := _BETWEEN_SLICES.search(instruction.attributes)):
             num_bytes = sum(a.num_bytes for a in lines[instruction.operands[0]].arrays)
             kind = found[1].lower().replace("_", "-")
             call = Exchange(kind, (SLICE,), self._num_slices, num_bytes)
-            return Work(exchanges=collections.Counter({call: 1})), 1
+            # Read here, and as much is written where it is received.
+            moved = 2 * main_bytes(lines[instruction.operands[0]].arrays)
+            return Work(exchanges=collections.Counter({call: 1}), traffic=moved), 1
         if opcode.endswith(("-done", "-update")):
             return Work(), 1  # counted where it started
         if opcode == "while":
@@ -148,14 +155,15 @@ class _Walk:
             inside = sum(body.exchanges.values())
             return dataclasses.replace(body, flops=0, open_loops=1, open_exchanges=inside), 1
         if opcode == "conditional":
-            return self.computation(min(instruction.called, key=self._distance)), 1
+            name, tied = self._branch(instruction)
+            return self.computation(name).plus(Work(tied=tied)), 1
         parts = Work()
-        if opcode == "fusion" and (scatter := self._reduce_scatter(instruction, lines)):
+        moved = 0 if fused else bytes_moved(instruction, lines, self._module)
+        if opcode == "fusion" and (scatter := self._reduce_scatter(instruction, moved)):
             return scatter, 1
         for name in instruction.called:
             if opcode in ("call", "call-start", "async-start", "fusion"):
                 parts = parts.plus(self.computation(name, fused=fused or opcode == "fusion"))
-        moved = 0 if fused else bytes_moved(instruction, lines, self._module)
         flops = flops_of(instruction, lines)
         kernels = collections.Counter()
         if opcode == "custom-call":
@@ -163,21 +171,35 @@ class _Walk:
             kernels[target[1] if target else "unnamed"] += 1
         return parts.plus(Work(flops=flops, traffic=moved, kernels=kernels)), 1
 
-    def _exchange(self, instruction: Instruction, kind: str, lines) -> Work:
+    def _exchange(self, instruction: Instruction, kind: str, lines, moved: float) -> Work:
         found = replica_groups.groups(instruction.attributes, math.prod(self._sizes.values()))
         axes = replica_groups.spanned(found, self._sizes)
         size = max(len(group) for group in found)
         given = [a for o in instruction.operands if o in lines for a in lines[o].arrays]
         num_bytes = _whole_bytes(kind, instruction, given)
-        return Work(exchanges=collections.Counter({Exchange(kind, axes, size, num_bytes): 1}))
+        call = Exchange(kind, axes, size, num_bytes)
+        return Work(exchanges=collections.Counter({call: 1}), traffic=moved)
 
-    def _reduce_scatter(self, fusion: Instruction, lines) -> Work | None:
+    def _reduce_scatter(self, fusion: Instruction, moved: float) -> Work | None:
         """TPUs write one as an all-reduce of which each device takes its part, in one fusion."""
         inside = [i for name in fusion.called for i in self._module.computations[name]]
         sums = [i for i in inside if kind_of(i) == "all-reduce"]
         if len(sums) != 1 or not any(i.opcode == "dynamic-slice" for i in inside):
             return None
-        return self._exchange(sums[0], "reduce-scatter", {i.name: i for i in inside})
+        return self._exchange(sums[0], "reduce-scatter", {i.name: i for i in inside}, moved)
+
+    def _branch(self, conditional: Instruction) -> tuple[str, bool]:
+        """(the branch that counts, whether products alone have chosen it)."""
+        first = min(conditional.called, key=self._distance)
+        calls, distance = self.computation(first).exchanges, self._distance(first)
+        alike = [
+            name
+            for name in conditional.called
+            if self._distance(name) == distance and self.computation(name).exchanges == calls
+        ]
+        products = [self.computation(name).flops for name in alike]
+        most = alike[products.index(max(products))]
+        return most, min(products) < max(products)
 
     def _distance(self, computation: str) -> tuple[int, int]:
         """How far a branch is from that of a balanced routing."""
@@ -189,7 +211,7 @@ class _Walk:
         for instruction in self._module.computations[computation]:
             names = instruction.called
             if instruction.opcode == "conditional":
-                names = (min(names, key=self._distance),)
+                names = (self._branch(instruction)[0],)
             for name in names:
                 if instruction.opcode == "while":
                     total += sum(self.computation(name).exchanges.values())
@@ -210,6 +232,8 @@ def _whole_bytes(kind: str, instruction: Instruction, given: list[Array]) -> int
     results = sum(a.num_bytes for a in instruction.arrays)
     if instruction.opcode.endswith("-start"):
         marks = sum(a.num_bytes for a in instruction.arrays if a.dtype == "u32" and not a.dims)
+        # Of an all-reduce in the spelling that names both, which counts twice here; the contracts
+        # of H100s hold it so (it is less than 1 GB of a step there).
         both = kind != "all-reduce"
         results -= marks + (operands if both else 0)
     if kind == "ragged-all-to-all":  # operands are also the buffer that is written, and sizes

@@ -2,6 +2,7 @@
 
 import argparse
 import pathlib
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -160,6 +161,19 @@ def test_every_command_has_help_an_example_and_arguments():
         assert first_line.endswith("."), name
         assert module.EXAMPLE.startswith(f"moejax {name}"), name
         module.add_arguments(argparse.ArgumentParser())
+
+
+def test_the_configs_that_examples_name_exist():
+    named = {}
+    for name in commands.find_commands():
+        module = __import__(f"moejax.commands.{name.replace('-', '_')}", fromlist=["EXAMPLE"])
+        named |= {word: name for word in shlex.split(module.EXAMPLE) if word.startswith("configs/")}
+    assert named
+    for word, name in named.items():
+        file, _, function = word.partition(":")
+        assert (ROOT / file).is_file(), f"moejax {name} --help names {file}"
+        text = (ROOT / file).read_text()
+        assert f"def {function or 'config'}(" in text, f"moejax {name} --help names {word}"
 
 
 def test_python_m_moejax_help_imports_neither_jax_nor_fiddle():

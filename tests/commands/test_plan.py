@@ -38,6 +38,11 @@ def error_of(capsys, *words):
         (["mesh.data=null", "mesh.fsdp=3", "--topology", "cpu:8"], "do not divide the 8 devices"),
         (["mesh.expert=16", "--topology", "cpu:8"], "the mesh needs 16 devices and there are 8"),
         (["mesh.data=8", "--topology", "cpu:8"], "= 4 cannot be split 8 ways"),
+        (
+            ["mesh.data=1", "mesh.fsdp=4", "--topology", "cpu:8"],
+            "the mesh uses 4 of 8 devices, which a run of several processes refuses: leave "
+            "mesh.data unset, set it to 2, or plan for 4 devices",
+        ),
         (["mesh.fsdp=64", "mesh.data=1", "--topology", "cpu:8"], "the mesh needs 64 devices"),
         (["--topology", "cpu:1", "--update-contract"], "--update-contract needs --contract FILE"),
         (["--topology", "cpu:1", "--contract", "/no/such"], "write it with --update-contract"),

@@ -9,6 +9,7 @@ import yaml
 
 from moejax.config.build import build_config
 from moejax.config.load import load_config
+from moejax.planning.text import LAUNCHED
 from moejax.train import processes
 from moejax.watchdog.deadlines import parse
 
@@ -74,6 +75,13 @@ def test_gpu_processes_are_those_of_the_environment_and_the_mesh(monkeypatch):
     assert sizes["expert"] <= gpus  # experts within a node, as the config says
     (index,) = (e for e in container["env"] if e["name"] == "MOEJAX_PROCESS_ID")
     assert "job-completion-index" in index["valueFrom"]["fieldRef"]["fieldPath"]
+
+
+def test_gpus_give_the_memory_that_plans_and_readme_name():
+    stated = environment(parts("gke_gpu.yaml")[3])["XLA_CLIENT_MEM_FRACTION"]
+    assert float(stated) == LAUNCHED
+    assert f"XLA_CLIENT_MEM_FRACTION:-{stated}}}" in (LAUNCH / "slurm.sh").read_text()
+    assert f"JAX takes {LAUNCHED:.0%} of a GPU" in (LAUNCH / "README.md").read_text()
 
 
 def test_the_coordinator_is_the_first_pod_behind_the_headless_service():

@@ -19,9 +19,9 @@ def memory(state, needed, capacity=100):
     )
 
 
-def said(found, *overrides, **sizes):
+def said(found, *overrides, num_slices=1, **sizes):
     experiment = planned.experiment(planned.SMOKE[0], "batch_size=32", *overrides)
-    return " ".join(advice(experiment, found, SIZES | sizes))
+    return " ".join(advice(experiment, found, SIZES | sizes, num_slices=num_slices))
 
 
 def test_nothing_where_it_fits():
@@ -37,6 +37,14 @@ def test_a_large_state_is_split():
         memory(60, 120), data=4
     )
     assert "twice as many devices with mesh.fsdp=8 holds about 30.0 GB" in said(memory(60, 120))
+
+
+def test_a_state_is_split_within_a_slice():
+    text = said(memory(60, 120), data=4, num_slices=2)
+    assert "mesh.fsdp=8 and mesh.data=2 a device holds about 30.0 GB" in text
+    text = said(memory(60, 120), data=4, num_slices=4)
+    assert "slices of twice as many chips with mesh.fsdp=8 hold about 30.0 GB" in text
+    assert "mesh.data" not in text
 
 
 def test_large_activations_are_computed_again_or_in_parts():

@@ -6,12 +6,14 @@ import jax
 import numpy as np
 import pytest
 
+from moejax.planning import text
 from moejax.planning.memory import (
     by_kind,
     memory_of,
     most_copied,
     needed_by_refusal,
 )
+from moejax.planning.topology import parse
 from moejax.train.assemble import assemble
 from tests.planning import planned
 
@@ -101,3 +103,17 @@ def test_a_refused_program_still_says_what_the_state_takes():
 )
 def test_what_the_compiler_says_that_it_needs(text, needed):
     assert needed_by_refusal(text) == needed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("topology", "share", "expected"),
+    [("h100:1x8", 0.801, "to 0.81 or more"), ("h100:1x8", 0.74, None), ("v5p:2x2x2", 0.9, None)],
+)
+def test_a_plan_that_needs_more_than_jax_takes_says_so(topology, share, expected):
+    where = parse(topology)
+    needed = int(share * where.chip.memory)
+    memory = dataclasses.replace(planned.plan().memory, needed=needed, capacity=where.chip.memory)
+    said = text.describe(dataclasses.replace(planned.plan(), topology=where, memory=memory))
+    assert ("XLA_CLIENT_MEM_FRACTION" in said) == (expected is not None)
+    assert expected is None or expected in said

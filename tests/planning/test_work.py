@@ -68,6 +68,12 @@ def test_gathered_weights_and_their_bytes(mesh):
     assert (exchange.kind, exchange.axes, exchange.size) == ("all-gather", ("fsdp",), 4)
 
 
+def test_a_gather_reads_its_part_and_writes_the_whole(mesh):
+    found = work(mesh, lambda w: w, ((WIDTH, WIDTH), ("fsdp",)))
+    assert [call.kind for call in found.exchanges] == ["all-gather"]
+    assert found.traffic == WIDTH * WIDTH * 4 * (1 + 1 / 4)
+
+
 def test_rows_for_everybody(mesh):
     body = lambda x: jax.lax.all_to_all(x, "fsdp", 0, 0, tiled=True)
     found = work(
@@ -122,3 +128,21 @@ def test_traffic_of_one_pass_over_memory(mesh):
         mesh, lambda x: x * 2 + 1, ((1024, WIDTH), (("data", "fsdp"),)), out=(("data", "fsdp"),)
     )
     assert found.traffic == pytest.approx(2 * 128 * WIDTH * 4, rel=0.01)
+
+
+@pytest.mark.parametrize("most_first", [False, True])
+def test_of_branches_with_equal_collectives_the_one_with_most_products(mesh, most_first):
+    def either(x):
+        branches = [lambda x: x + 1, lambda x: x @ x]
+        return jax.lax.switch((x.sum() > 3).astype(int), branches[:: -1 if most_first else 1], x)
+
+    found = work(mesh, either, ((WIDTH, WIDTH), ()))
+    assert found.flops == 2 * WIDTH**3
+    assert found.tied == 1
+
+
+def test_equal_branches_are_no_choice(mesh):
+    def either(x):
+        return jax.lax.cond(x.sum() > 3, lambda x: x @ x, lambda x: (x + 1) @ x, x)
+
+    assert work(mesh, either, ((WIDTH, WIDTH), ())).tied == 0
