@@ -4,9 +4,11 @@
     python tools/bench_import.py --layers 16 --rounds 2
 
 The two alternate, on the disk of --folder, and each ends when its bytes are on the disk. Before
-each, the source is dropped from the page cache; with --cached it is read once instead. The import
-is the command in a process of its own, start-up included. Sixteen layers are 13.8 GB and need three
-times that of disk.
+each, the source is dropped from the page cache; with --cached it is read once instead. Then comes a
+pause: a virtual machine may give freed memory back to its host, from where it returns several times
+as slowly, and whoever starts at once finds some that was not given back yet. The import is the
+command in a process of its own, start-up included. Sixteen layers are 13.8 GB and need three times
+that of disk.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ CONFIG = {
     "num_experts_per_tok": 8,
     "torch_dtype": "bfloat16",
 }
+PAUSE = 15.0  # seconds before each, so that both find memory in the same state
 COMMAND = "import sys; from moejax.commands import main; sys.exit(main(sys.argv[1:]))"
 BLOCK = np.random.default_rng(0).integers(0, 2**16, 2**22, np.uint16).view(ml_dtypes.bfloat16)
 
@@ -119,13 +122,13 @@ def _measure(folder: pathlib.Path, args: argparse.Namespace) -> dict:
 
 def _prepare(source: pathlib.Path, *, cached: bool) -> None:
     os.sync()
-    if cached:
-        for path in source.iterdir():
-            subprocess.run(["cat", path], stdout=subprocess.DEVNULL, check=True)
-        return
     for path in source.iterdir():
-        with path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if cached:
+            subprocess.run(["cat", path], stdout=subprocess.DEVNULL, check=True)
+        else:
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    time.sleep(PAUSE)
 
 
 def _copy(source: pathlib.Path, out: pathlib.Path) -> None:
