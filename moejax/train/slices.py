@@ -32,6 +32,7 @@ _SLICE_BYTES = 32 * 2**20
 _NUM_THREADS = 3  # each makes one slice; some wait for the disk while others compute
 _IN_FLIGHT_BYTES = 256 * 2**20  # of slices that are made and not yet written
 _FILE_BYTES = 256 * 2**20  # of one file of the store
+_UNFINISHED = ".__lock"  # how TensorStore ends the name of a file that it is writing
 
 
 @runtime_checkable
@@ -54,16 +55,19 @@ def write_checkpoint(
     slice of at most `_SLICE_BYTES` for each thread; a leaf without layers or experts is one slice,
     whatever its size.
     """
-    # Files reach the disk once, at the end, and not after every slice.
+    # Files reach the disk in a thread of their own, and not each before the next write.
     context = ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": False})
     described: dict[str, Leaf] = {}
     writes = _Writes(_IN_FLIGHT_BYTES)
-    with futures.ThreadPoolExecutor(_NUM_THREADS) as threads:
+    with futures.ThreadPoolExecutor(_NUM_THREADS) as threads, _Flushing(directory) as flushing:
         for leaf in leaves:
             depth = _depth(leaf)
             array = _open(directory / STATE, leaf.path, context, create=_zarr(leaf, depth))
             write = functools.partial(_write_slice, leaf, array, writes)
-            words = sum(threads.map(write, np.ndindex(leaf.shape[:depth])), np.zeros(2, np.uint32))
+            words = np.zeros(2, np.uint32)
+            for added in threads.map(write, np.ndindex(leaf.shape[:depth])):
+                words += added
+                flushing.count(math.prod(leaf.shape[depth:]) * leaf.dtype.itemsize)
             writes.wait()
             described[leaf.path] = Leaf(
                 shape=leaf.shape, dtype=str(leaf.dtype), fingerprint=digits(words)
@@ -73,7 +77,7 @@ def write_checkpoint(
     path = directory / MANIFEST
     path.parent.mkdir()
     path.write_text(json.dumps(manifest.to_json()))
-    _to_disk(directory)
+    _to_disk(_files(directory))
     sizes = (math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in described.values())
     return sum(sizes)
 
@@ -165,11 +169,56 @@ def _write_slice(
     return _words(values, index, leaf.shape)
 
 
-def _to_disk(directory: pathlib.Path) -> None:
-    for path in directory.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+class _Flushing:
+    """Brings the finished files of `directory` to the disk while the next ones are written.
+
+    The last of them, and the manifest, are left for the end. A disk's error is raised here: a file
+    that is opened after one was told of it would be told nothing.
+    """
+
+    def __init__(self, directory: pathlib.Path):
+        self._directory, self._flushed = directory, set[pathlib.Path]()
+        self._thread, self._going = futures.ThreadPoolExecutor(1), futures.Future[None]()
+        self._going.set_result(None)
+        self._bytes = 0
+
+    def __enter__(self) -> _Flushing:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self._thread.shutdown()
+        if error is None:
+            self._going.result()
+
+    def count(self, num_bytes: int) -> None:
+        """So many bytes more were made."""
+        self._bytes += num_bytes
+        if self._bytes >= _FILE_BYTES and self._going.done():
+            self._going.result()
+            self._going, self._bytes = self._thread.submit(self._flush), 0
+
+    def _flush(self) -> None:
+        found = _files(self._directory) - self._flushed
+        finished = {path for path in found if not path.name.endswith(_UNFINISHED)}
+        _to_disk(finished)
+        self._flushed |= finished
+
+
+def _files(directory: pathlib.Path) -> set[pathlib.Path]:
+    return {path for path in directory.rglob("*") if path.is_file()}
+
+
+def _to_disk(paths: Iterable[pathlib.Path]) -> None:
+    """Files reach the disk and leave the page cache.
+
+    What is written once need not push out what is in use, and a machine that gives free memory
+    back to its host writes into pages that it had just now several times as fast as into others.
+    """
+    for path in paths:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            if hasattr(os, "posix_fadvise"):  # not on macOS
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _depth(leaf: SourceLeaf) -> int:

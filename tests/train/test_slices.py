@@ -1,5 +1,7 @@
 """Checkpoints that are written and read slice by slice."""
 
+import errno
+import os
 import pathlib
 import shutil
 import threading
@@ -181,3 +183,49 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="Error writing"):
         write_checkpoint(tmp_path / "step", leaves()[:1], step=0, extra={})
     assert not (tmp_path / "step" / "manifest").exists()
+
+
+class Disk:
+    """Records which files were sent to the disk and dropped from the page cache."""
+
+    def __init__(self, monkeypatch, error=None):
+        self.sent, self.dropped, self.first = set(), set(), threading.Event()
+        self.error = error
+        monkeypatch.setattr(slices, "_SLICE_BYTES", 300)
+        monkeypatch.setattr(slices, "_FILE_BYTES", 1000)
+        monkeypatch.setattr(os, "fsync", self.fsync)
+        drop = lambda file, *_: self.dropped.add(os.fstat(file).st_ino)
+        monkeypatch.setattr(os, "posix_fadvise", drop, raising=False)
+
+    def fsync(self, file):
+        self.sent.add(os.fstat(file).st_ino)
+        self.first.set()
+        error, self.error = self.error, None  # as Linux, which tells of it once
+        if error:
+            raise error
+
+    def leaf(self):
+        """One whose last slice is there once a file was sent to the disk."""
+        leaf = leaves()[0]
+        disk, last = self, tuple(size - 1 for size in leaf.shape[:2])
+
+        class Late(Array):
+            def __getitem__(self, index):
+                assert index != last or disk.first.wait(60), "no file was sent to the disk"
+                return super().__getitem__(index)
+
+        return Late(leaf.path, leaf.values)
+
+
+def test_files_go_to_the_disk_while_others_are_made_and_leave_the_page_cache(tmp_path, monkeypatch):
+    disk = Disk(monkeypatch)
+    write_checkpoint(tmp_path / "step", [disk.leaf()], step=0, extra={})
+    files = {path.stat().st_ino for path in (tmp_path / "step").rglob("*") if path.is_file()}
+    assert files <= disk.sent
+    assert files <= disk.dropped
+
+
+def test_an_error_of_the_disk_is_not_lost(tmp_path, monkeypatch):
+    disk = Disk(monkeypatch, OSError(errno.EIO, "the disk is broken"))
+    with pytest.raises(OSError, match="the disk is broken"):
+        write_checkpoint(tmp_path / "step", [disk.leaf()], step=0, extra={})
