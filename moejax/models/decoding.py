@@ -42,9 +42,20 @@ class Follows:
         return dataclasses.replace(passed, x=x, cache=passed.cache | self.rows)
 
 
-def check_positions_are_stated(variables: Mapping[str, Any]) -> None:
-    """Raises UserError where there is a cache: a default would write its first slots again."""
-    if variables.get("cache"):
+def check_call(variables: Mapping[str, Any], *, decode: bool, positions: Any) -> None:
+    """Raises UserError where there is a cache and the call would not go on in it.
+
+    Without a number of slots it would be left aside, and the tokens read as if they were all; the
+    default positions would write its first slots again.
+    """
+    if not variables.get("cache"):
+        return
+    if not decode:
+        raise UserError(
+            "the variables hold a decoding cache but the call has no cache_length: give that of "
+            "init_cache to go on, or leave the collection 'cache' out to begin"
+        )
+    if positions is None:
         raise UserError(
             "decoding with a cache needs positions: say at which slot each token stands, such as "
             "the number of the row's tokens so far for the next one (or leave the collection "

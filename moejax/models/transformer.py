@@ -202,7 +202,7 @@ class Transformer:
         """One forward pass.
 
         Args:
-          variables: from `init`; with a collection `cache` when decoding.
+          variables: from `init`; with a collection `cache` to go on decoding, and only then.
           tokens: ids `[B, S]`. An id of V or more gives NaN, never another token's embedding.
           segment_ids: 0 is padding; attention stays within a segment. All ones by default. When
             decoding, a row is one segment.
@@ -220,11 +220,10 @@ class Transformer:
         """
         check_length(self, tokens.shape[1])
         decode = cache_length is not None
+        decoding.check_call(variables, decode=decode, positions=positions)
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
         if positions is None:
-            if decode:
-                decoding.check_positions_are_stated(variables)
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         if key is not None and key.ndim == 0:
             key = row_keys(key, tokens.shape[0])

@@ -154,6 +154,15 @@ def test_positions_have_no_default_with_a_cache():
         decoder(IDS[:, 3:4])
 
 
+def test_a_cache_is_not_left_aside():
+    """Without a number of slots the tokens would be read as if they were all."""
+    model = dense()
+    variables = random_model_variables(model)
+    cache = model.init_cache(variables, len(IDS), LENGTH)
+    with pytest.raises(UserError, match="hold a decoding cache but the call has no cache_length"):
+        model.apply(variables | {"cache": cache}, IDS[:, 3:4], positions=np.full((len(IDS), 1), 3))
+
+
 @pytest.mark.parametrize("cap", [0.0, -2.0, np.inf, np.nan])
 @pytest.mark.parametrize("cache_length", [None, LENGTH])
 def test_a_soft_cap_that_cannot_be_is_refused_with_and_without_a_cache(cap, cache_length):
