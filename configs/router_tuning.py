@@ -7,7 +7,9 @@ Command   moejax train configs/tiny.py
           moejax train configs/router_tuning.py init_from=runs/olmoe workdir=runs/tuned
           moejax export-hf runs/tuned OLMoE-1B-7B-tuned
           moejax train configs/router_tuning.py:roma init_from=runs/olmoe data.train.path=FILE
-          moejax train configs/router_tuning.py:unlearn objective.layer=2 objective.expert=5
+          moejax train configs/router_tuning.py:unlearn objective.layer=2 objective.expert=5 \\
+              model.boundaries=[2,3] \\
+              'trainable=["layers_2/ffn/experts/*@expert=5", "layers_2/ffn/router/*"]'
           docs/router_methods.md says what these need
 Cost      about two minutes on two CPU cores for the tiny model
 Result    3.298 to 3.250 bits per byte on held-out package descriptions (jax 0.10.2)
@@ -81,7 +83,10 @@ def roma() -> fdl.Config:
 
 
 def unlearn() -> fdl.Config:
-    """Forgets the package descriptions through one expert and keeps the standard library."""
+    """Forgets the package descriptions through one expert and keeps the standard library.
+
+    `trainable` has to name that expert and its layer's router, as in the command above.
+    """
     forgetting = config.as_buildable()
     forgetting.data.train = fdl.Config(
         Mixture,

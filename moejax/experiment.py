@@ -19,7 +19,7 @@ from moejax.models.flops import Size, size
 from moejax.models.generate import Sampling
 from moejax.models.transformer import Transformer
 from moejax.models.variables import parameters
-from moejax.objectives.objective import Objective, passes
+from moejax.objectives.objective import Objective, check_trained, passes
 from moejax.optim import freeze
 from moejax.optim.guard import Guard
 from moejax.optim.optimizer import AdamW
@@ -150,7 +150,7 @@ class Experiment:
         variables = jax.eval_shape(model.init, key)
         self.variable_shardings(model, mesh)
         self.build_optimizer(parameters(variables))
-        self.chosen_experts(model)
+        chosen = self.chosen_experts(model)
         jax.eval_shape(
             lambda variables, batch, token_bytes: (
                 self.objective(model, variables, batch, token_bytes=token_bytes, key=key).terms
@@ -159,6 +159,9 @@ class Experiment:
             self.abstract_batch(self.batch_size // self.num_microbatches),
             jax.ShapeDtypeStruct((_ANY_VOCABULARY,), jnp.int32),
         )
+        trained, _ = freeze.split(parameters(variables), self.trainable)
+        some = {path: own.chosen for path, own in chosen.items()}
+        check_trained(self.objective, model, dict.fromkeys(named_leaves(trained)) | some)
 
     def prepare_data(self) -> Loaders:
         """Tokenises and packs (or finds it cached), for this batch and sequence length.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -31,7 +32,8 @@ class Objective(Protocol):
     The term `lm` is the cross-entropy in nats per token of the text that shall be modelled. The
     measure `bits_per_byte` is of all targets that count, so that it compares with compressors.
 
-    An objective whose step computes every row several times says how often in `passes`.
+    An objective whose step computes every row several times says how often in `passes`. One that
+    means nothing unless certain parameters train raises UserError in `check_trained`.
     """
 
     def weights(self, model: Transformer) -> dict[str, float]:
@@ -51,6 +53,18 @@ class Objective(Protocol):
     ) -> Result:
         """Terms of one batch. `token_bytes[v]` is the number of UTF-8 bytes of token v."""
         ...
+
+
+def check_trained(
+    objective: Objective, model: Transformer, trained: Mapping[str, tuple[int, ...] | None]
+) -> None:
+    """Asks the objective, if it cares, whether what trains will do.
+
+    `trained` is {path: which of the leaf's experts train, or None for all of the leaf}.
+    """
+    check = getattr(objective, "check_trained", None)
+    if check is not None:
+        check(model, trained)
 
 
 def passes(objective: Objective) -> int:

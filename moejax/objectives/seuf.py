@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from jaxtyping import Array, ArrayLike, Float, Int
 
 from moejax.errors import UserError
 from moejax.models.output import Output
+from moejax.models.stack import stacked_layers
 from moejax.models.transformer import Transformer
 from moejax.objectives.lm import forward, target_bytes, token_nll
 from moejax.objectives.objective import Result
@@ -79,6 +81,24 @@ class UnlearnExpert:
         measures = {"bits_per_byte": (nats / math.log(2), num_bytes.astype(nats.dtype))}
         measures |= out.measures
         return Result(terms=own | out.terms, measures=measures, stats=without_traces(out.stats))
+
+    def check_trained(
+        self, model: Transformer, trained: Mapping[str, tuple[int, ...] | None]
+    ) -> None:
+        """Raises UserError unless the expert trains: without it nothing would be unlearned."""
+        stack = next(
+            name for name, own in stacked_layers(model.segments).items() if self.layer in own
+        )
+        of_layer = [own for path, own in trained.items() if f"{stack}/ffn/experts/" in path]
+        if any(chosen is None or self.expert in chosen for chosen in of_layer):
+            return
+        ends = [end for end in (self.layer, self.layer + 1) if 0 < end < model.num_layers]
+        of = f"layers_{self.layer}/ffn"
+        raise UserError(
+            f"expert {self.expert} of layer {self.layer} does not train, and objective "
+            f"UnlearnExpert unlearns through it: give model.boundaries={ends} and "
+            f'trainable=["{of}/experts/*@expert={self.expert}", "{of}/router/*"]'
+        )
 
     def _distance(self, model: Transformer, out: Output, batch: Batch) -> Float[Array, "B S"]:
         probs = layer_trace(model, out.stats, self.layer)["probs"]

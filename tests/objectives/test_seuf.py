@@ -1,12 +1,18 @@
 """Unlearning through one expert: its terms, and what trains."""
 
+import contextlib
 import dataclasses
 
+import fiddle as fdl
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moejax.config.build import build_config
+from moejax.config.load import load_config
+from moejax.data.mixture import Mixture
+from moejax.data.source import package_readmes, python_stdlib
 from moejax.errors import UserError
 from moejax.objectives.lm import forward
 from moejax.objectives.seuf import UnlearnExpert
@@ -112,3 +118,31 @@ def test_uniform_routing_is_one_less_an_expert_share_from_the_indicator(model, v
 def test_what_cannot_be_is_said(model, variables, objective, batch: Batch, words):
     with pytest.raises(UserError, match=words):
         jax.eval_shape(lambda v: result(model, v, batch, objective), variables)
+
+
+@pytest.mark.parametrize(
+    ("trainable", "trains"),
+    [
+        (["*"], True),
+        (["layers_1/ffn/experts/*@expert=2", "layers_1/ffn/router/*"], True),
+        (["*/router/*"], False),
+        (["layers_1/ffn/experts/*@expert=1,3"], False),
+        (["layers_0/ffn/experts/*@expert=2"], False),
+    ],
+)
+def test_the_expert_has_to_train(trainable, trains):
+    config = load_config("configs/router_tuning.py:smoke")
+    config.data.train = fdl.Config(
+        Mixture,
+        sources=(fdl.Config(package_readmes), fdl.Config(python_stdlib)),
+        weights=(1.0, 1.0),
+    )
+    config.objective = fdl.Config(UnlearnExpert, layer=1, expert=2)
+    config.model.boundaries = (1,)
+    config.trainable = tuple(trainable)
+    words = (
+        "expert 2 of layer 1 does not train, and .* give model.boundaries=\\[1\\] and "
+        'trainable=\\["layers_1/ffn/experts/\\*@expert=2", "layers_1/ffn/router/\\*"\\]'
+    )
+    with contextlib.nullcontext() if trains else pytest.raises(UserError, match=words):
+        build_config(config).check()
