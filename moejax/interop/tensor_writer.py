@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import shutil
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -71,7 +72,7 @@ def appearing_whole(target: pathlib.Path) -> Iterator[pathlib.Path]:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists and is not empty: choose another folder or remove it")
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    partial = target.with_name(f".{target.name}.partial-{uuid.uuid4().hex}")
     partial.mkdir()
     try:
         yield partial

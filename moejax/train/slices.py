@@ -58,8 +58,11 @@ def write_checkpoint(
     # Files reach the disk in a thread of their own, and not each before the next write.
     context = ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": False})
     described: dict[str, Leaf] = {}
-    writes = _Writes(_IN_FLIGHT_BYTES)
-    with futures.ThreadPoolExecutor(_NUM_THREADS) as threads, _Flushing(directory) as flushing:
+    with (
+        _Writes(_IN_FLIGHT_BYTES) as writes,
+        _Flushing(directory) as flushing,
+        futures.ThreadPoolExecutor(_NUM_THREADS) as threads,
+    ):
         for leaf in leaves:
             depth = _depth(leaf)
             array = _open(directory / STATE, leaf.path, context, create=_zarr(leaf, depth))
@@ -119,13 +122,21 @@ class _Writes:
     """Writes that go on while slices are made, of so many bytes at a time.
 
     One commit of the store takes all that has come since the last, so whoever waited for its own
-    slice would leave the processor idle.
+    slice would leave the processor idle. At the end of the `with` nothing goes on any more, also
+    after an error: whoever then removes the folder finds all that there is.
     """
 
     def __init__(self, limit: int):
         self._limit, self._bytes = limit, 0
         self._changed = threading.Condition()
         self._error: BaseException | None = None
+
+    def __enter__(self) -> _Writes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._bytes)
 
     def start(self, array: Any, values: np.ndarray) -> None:
         """Writes `values` to all of `array`, of TensorStore; nobody may change them any more.

@@ -5,6 +5,7 @@ import os
 import pathlib
 import shutil
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -183,6 +184,30 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="Error writing"):
         write_checkpoint(tmp_path / "step", leaves()[:1], step=0, extra={})
     assert not (tmp_path / "step" / "manifest").exists()
+
+
+def test_nothing_is_written_any_more_after_an_error(tmp_path, monkeypatch):
+    """Else files would appear in a folder that is being removed."""
+    monkeypatch.setattr(slices, "_SLICE_BYTES", 300)
+    end, started, ended = slices._Writes._end, [], []
+
+    def slow(writes, num_bytes, error):
+        time.sleep(0.3)
+        ended.append(num_bytes)
+        end(writes, num_bytes, error)
+
+    class Failing(Array):
+        def __getitem__(self, index):
+            if index == (2, 3):
+                raise OSError("the source is gone")
+            started.append(index)
+            return super().__getitem__(index)
+
+    monkeypatch.setattr(slices._Writes, "_end", slow)
+    failing = Failing("params/a", leaves()[0].values)
+    with pytest.raises(OSError, match="the source is gone"):
+        write_checkpoint(tmp_path / "step", [failing], step=0, extra={})
+    assert len(ended) == len(started) > 0
 
 
 class Disk:
