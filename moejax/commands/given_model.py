@@ -1,4 +1,4 @@
-"""Completes a config that leaves its model out: the model of `init_from`, and its tokenizer.
+"""The model of `init_from`: completes a config that leaves its own out, or compares the two.
 
 So `moejax train configs/router_tuning.py init_from=OLMoE-1B-7B-0924 model.boundaries=[11]` tunes
 that model, and overrides reach inside it.
@@ -6,16 +6,20 @@ that model, and overrides reach inside it.
 
 from __future__ import annotations
 
+import logging
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import fiddle as fdl
 
+from moejax.config.build import build_config
 from moejax.config.load import load_config
 from moejax.config.overrides import apply_overrides
 from moejax.errors import UserError
 from moejax.experiment import Experiment
+
+_log = logging.getLogger(__name__)
 
 
 def complete(config: fdl.Config, overrides: Sequence[str], *, trusted: bool) -> fdl.Config:
@@ -42,6 +46,27 @@ def complete(config: fdl.Config, overrides: Sequence[str], *, trusted: bool) -> 
     if "tokenizer" not in fdl.ordered_arguments(config.data):
         config.data.tokenizer = tokenizer
     return config
+
+
+def warn_of_another(experiment: Experiment, *, trusted: bool) -> None:
+    """Logs where the model of `experiment` computes something else than that of its `init_from`.
+
+    Shapes do not tell of an angle of RoPE, an epsilon or a window. Of a Hugging Face checkpoint,
+    whoever reads it says so.
+    """
+    from moejax.interop import hf
+    from moejax.interop.same_model import differences
+
+    folder = pathlib.Path(experiment.init_from or "")
+    if experiment.init_from is None or hf.is_checkpoint(folder):
+        return
+    try:
+        theirs = build_config(_described(folder, trusted=trusted)[0])
+    except UserError as error:
+        _log.warning("whether the model is that of %s cannot be told: %s", folder, error)
+        return
+    for text in differences(experiment.model, theirs):
+        _log.warning("%s holds another model: here %s", folder, text)
 
 
 def _described(

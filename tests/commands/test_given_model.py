@@ -7,7 +7,7 @@ import pytest
 
 from moejax.adapters.lora import LoRA
 from moejax.commands import main
-from moejax.commands.given_model import complete
+from moejax.commands.given_model import complete, warn_of_another
 from moejax.config.build import build_config
 from moejax.config.load import load_config
 from moejax.config.overrides import apply_overrides
@@ -87,3 +87,34 @@ def test_the_adapter_of_the_folder_is_taken_where_the_config_has_none(tmp_path):
         )
         assert own.adapter.targets == "all-linear"
         assert own.model.adapter is None
+
+
+@pytest.mark.parametrize("imported", [False, True])
+def test_another_model_of_the_same_shapes_is_a_warning(tmp_path, caplog, imported):
+    """No shape tells of an angle of RoPE; only an export would have found out."""
+    theirs = load_config("configs/tiny.py:smoke")
+    store(tmp_path, theirs.model if imported else theirs, versions())
+    overrides = [f"init_from={tmp_path}", "model.boundaries=[1]", "model.remat=full"]
+    ours = apply_overrides(load_config("configs/tiny.py:smoke"), overrides)
+    warn_of_another(build_config(ours), trusted=False)
+    assert not caplog.records
+    ours.model.block.attention.rope.theta *= 10
+    warn_of_another(build_config(ours), trusted=False)
+    (record,) = caplog.records
+    assert "holds another model: here model.block.attention.rope.theta is" in record.message
+
+
+def test_train_says_that_the_model_is_another(tmp_path, capsys):
+    store(tmp_path, load_config("configs/tiny.py:smoke"), versions())
+    arguments = ["configs/tiny.py:smoke", f"init_from={tmp_path}", f"workdir={tmp_path}/run"]
+    overrides = [f"data.cache_dir={tmp_path}/cache", "model.block.norm.epsilon=0.1"]
+    assert main(["train", *arguments, *overrides]) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path} holds another model: here model.block.norm.epsilon is 0.1" in error
+    assert "holds no weights" in error
+
+
+def test_a_model_that_cannot_be_compared_is_said(tmp_path, caplog):
+    ours = apply_overrides(load_config("configs/tiny.py:smoke"), [f"init_from={tmp_path}"])
+    warn_of_another(build_config(ours), trusted=False)
+    assert f"whether the model is that of {tmp_path} cannot be told" in caplog.text
