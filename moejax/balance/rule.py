@@ -9,6 +9,8 @@ from jaxtyping import Array, Float
 
 from moejax.types import Context, Routing, Stats, Terms
 
+CORRECTION_BIAS = "correction_bias"  # the name of state that takes part in selection
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rule:
@@ -25,7 +27,12 @@ class Rule:
     mesh_dependent: ClassVar[bool] = False
 
     def state(self, num_experts: int) -> dict[str, Array]:
-        """What the rule remembers between steps, as it starts."""
+        """What the rule remembers between steps, as it starts.
+
+        What takes part in selection is named `CORRECTION_BIAS`: it belongs to the model, so it is
+        frozen with the router, exported, and needed by whoever starts from it. All else is a
+        statistic of the training.
+        """
         return {}
 
     def selection_bias(self, state: dict[str, Array]) -> Float[Array, "E"] | None:

@@ -31,7 +31,8 @@ def template() -> fdl.Config:
     """Grouped-query attention with RoPE, top-k routed SwiGLU experts in every layer.
 
     Nothing balances the experts: a config.json's weights are for losses defined otherwise than
-    ours (`balance/load_balance.py`), so whoever trains states the rule.
+    ours (`balance/load_balance.py`), so whoever trains states the rule. Correction biases that
+    are stored with them are kept as they are, by a `LossFreeBias` of rate 0.
     """
     return fdl.Config(
         Transformer,

@@ -13,6 +13,7 @@ from collections.abc import Container, Iterator
 
 import jax
 
+from moejax.balance.rule import CORRECTION_BIAS
 from moejax.errors import UserError
 from moejax.interop.architecture import Architecture
 from moejax.interop.views import Form, Shape, View
@@ -21,7 +22,7 @@ from moejax.models.transformer import Transformer
 from moejax.models.variables import ADAPTERS
 from moejax.types import named_leaves
 
-_BIAS = re.compile(r"balance_\d+_(correction_bias)")
+_BIAS = re.compile(rf"balance_\d+_({CORRECTION_BIAS})")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,7 +98,7 @@ def leaves(model: Transformer, architecture: Architecture) -> list[Leaf]:
         within = "/".join(names if own is None else names[1:])
         if collection == "router_state":
             within = _BIAS.sub(r"\1", within)
-            if not within.endswith("correction_bias"):
+            if not within.endswith(CORRECTION_BIAS):
                 continue
         if within not in architecture.tensors:
             raise UserError(f"{architecture.class_name} has no tensor for the leaf {path}")

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moejax.balance.rule import Rule
+from moejax.balance.rule import CORRECTION_BIAS, Rule
 from moejax.errors import UserError
 from moejax.parallel.sharding import constrain
 from moejax.types import Context, Routing, Stats, Terms, add_terms
@@ -52,8 +52,7 @@ class MoE(nn.Module):
         """
         self._check_balance()
         states = [self._remembered(i, rule) for i, rule in enumerate(self.balance)]
-        biases = [r.selection_bias(s) for r, s in zip(self.balance, states, strict=True)]
-        biases = [b for b in biases if b is not None]
+        biases = [b for b in map(_selection_bias, self.balance, states) if b is not None]
         context = context.replace(
             num_experts=self.num_experts,
             selection_bias=sum(biases) if biases else None,
@@ -94,14 +93,31 @@ class MoE(nn.Module):
             for key in jax.eval_shape(initial)
         }
 
-    def update_router_state(self, state: dict[str, Array], stats: Stats) -> dict[str, Array]:
-        """The next `router_state` of one layer, from statistics of the whole optimiser step."""
+    def update_router_state(
+        self, state: dict[str, Array], stats: Stats, *, frozen: bool = False
+    ) -> dict[str, Array]:
+        """The next `router_state` of one layer, from statistics of the whole optimiser step.
+
+        Of a frozen router what takes part in selection stays: its choices are frozen too.
+        """
         new = dict(state)
         for index, rule in enumerate(self.balance):
             prefix = f"balance_{index}_"
             own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-            new |= {prefix + k: v for k, v in rule.update(own, stats).items()}
+            for key, value in rule.update(own, stats).items():
+                if not (frozen and key == CORRECTION_BIAS):
+                    new[prefix + key] = value
         return new
+
+
+def _selection_bias(rule: Rule, state: dict[str, Array]) -> Float[Array, "E"] | None:
+    bias = rule.selection_bias(state)
+    if bias is not None and state and CORRECTION_BIAS not in state:
+        raise UserError(
+            f"{type(rule).__name__} keeps what it adds to selection as {', '.join(state)}: name it "
+            f"{CORRECTION_BIAS}, by which it is frozen with the router and exported"
+        )
+    return bias
 
 
 def without_padding(routing: Routing, mask: Array) -> Routing:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Collection
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -285,10 +286,15 @@ class Transformer:
         shapes = jax.eval_shape(run, {k: v for k, v in variables.items() if k != "cache"})
         return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
-    def update_router_state(self, router_state: Variables, stats: Stats) -> Variables:
-        """Every layer's next router state, from statistics summed over the optimiser step."""
-        new = dict(router_state)
-        for name, state in router_state.items():
-            update = jax.vmap(self.moe.update_router_state)
-            new[name] = state | {"ffn": update(state["ffn"], stats[name])}
-        return new
+    def update_router_state(
+        self, router_state: Variables, stats: Stats, *, frozen: Collection[str] = ()
+    ) -> Variables:
+        """Every layer's next router state, from statistics summed over the optimiser step.
+
+        `frozen`: the stacks of layers whose routers are (see `MoE.update_router_state`).
+        """
+        own = lambda name: functools.partial(self.moe.update_router_state, frozen=name in frozen)
+        return {
+            name: state | {"ffn": jax.vmap(own(name))(state["ffn"], stats[name])}
+            for name, state in router_state.items()
+        }

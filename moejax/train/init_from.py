@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from moejax.balance.rule import CORRECTION_BIAS
 from moejax.errors import UserError
 from moejax.interop import hf
 from moejax.models.output import Variables
@@ -34,7 +36,8 @@ LAYERS = "layers"  # in a checkpoint's `extra`: {name of stacked parameters: the
 _log = logging.getLogger(__name__)
 
 COLLECTIONS = ("params/", "router_state/")
-_ADAPTERS = f"params/{ADAPTERS}/"
+_ADAPTERS, _STATE = f"params/{ADAPTERS}/", "router_state/"
+_NUMBER = re.compile(r"(?<=/balance_)\d+_")  # a rule's place among the model's rules
 Rows = list[tuple[str, int | None]]  # (path in the source, row of it or all), in order
 
 
@@ -48,7 +51,7 @@ def read_weights(path: pathlib.Path, model: Transformer, shardings: Variables) -
 
     Raises:
       UserError: the folder is of none of these kinds or is damaged, or a parameter is missing, is
-        one too many or has another shape.
+        one too many or has another shape; or the model has no place for a correction bias.
     """
     read = hf.load_into if hf.is_checkpoint(path) else _from_run
     found = read(path, model, shardings)
@@ -69,7 +72,7 @@ def _from_run(path: pathlib.Path, model: Transformer, shardings: Variables) -> V
         plan = _plan(path, shapes, stacked_layers(model.segments), found.extra[LAYERS])
         trained = {p: leaf for p, leaf in found.leaves.items() if p.startswith(COLLECTIONS)}
         stored = trained | frozen.stored(path)
-        plan = _without_missing(plan, stored)
+        plan = _without_missing(_by_meaning(path, plan, stored), stored)
         _check(path, plan, shapes, stored)
         wanted = {
             source: _abstract(stored[source], placed[name])
@@ -130,29 +133,44 @@ def _plan(path: pathlib.Path, names, ours: Mapping, theirs: Mapping) -> dict[str
     return plan
 
 
+def _by_meaning(
+    path: pathlib.Path, plan: dict[str, Rows], stored: Mapping[str, Leaf]
+) -> dict[str, Rows]:
+    """The plan with router state found by what it is, wherever its rule stands among the rules.
+
+    Raises UserError where two rules of the source remember the same.
+    """
+    theirs: dict[str, str] = {}
+    for source in stored:
+        meaning = _NUMBER.sub("", source)
+        if source.startswith(_STATE) and theirs.setdefault(meaning, source) != source:
+            raise UserError(f"{path} has both {theirs[meaning]} and {source}: which is meant?")
+    found = lambda source: theirs.get(_NUMBER.sub("", source), source)
+    return {name: [(found(source), row) for source, row in rows] for name, rows in plan.items()}
+
+
 def _without_missing(plan: dict[str, Rows], stored: Mapping[str, Leaf]) -> dict[str, Rows]:
-    """The plan without what a source need not have: router state, and adapters if it has none."""
-    there = lambda name: all(source in stored for source, _ in plan[name])
-    state = {name for name in plan if name.startswith("router_state/")}
-    if not all(map(there, state)):
-        plan = {name: rows for name, rows in plan.items() if name not in state}
+    """The plan without what a source need not have: a rule's state, and adapters if it has none."""
+    fresh = {
+        name
+        for name, rows in plan.items()
+        if name.startswith(_STATE) and not any(source in stored for source, _ in rows)
+    }
     if not any(path.startswith(_ADAPTERS) for path in stored):
-        plan = {name: rows for name, rows in plan.items() if not name.startswith(_ADAPTERS)}
-    return plan
+        fresh |= {name for name in plan if name.startswith(_ADAPTERS)}
+    return {name: rows for name, rows in plan.items() if name not in fresh}
 
 
 def _check(path: pathlib.Path, plan: dict[str, Rows], shapes, stored: dict[str, Leaf]) -> None:
-    """Raises UserError unless the parameters are the same, one for one."""
+    """Raises UserError unless parameters, and router state if any, are the same, one for one."""
     needed = {}
     for name, rows in plan.items():
         for source, row in rows:
             shape = shapes[name].shape if row is None else shapes[name].shape[1:]
-            needed[source] = (name, row is not None, shape)
-    for source, (name, stacked, shape) in needed.items():
+            needed[source] = (row is not None, shape)
+    for source, (stacked, shape) in needed.items():
         if source not in stored:
-            if name.startswith("params/"):
-                raise UserError(f"{path} lacks {source}, which the model has")
-            continue
+            raise UserError(f"{path} lacks {source}, which the model has")
         found = stored[source].shape[1:] if stacked else stored[source].shape
         if found != shape:
             raise UserError(
@@ -160,8 +178,15 @@ def _check(path: pathlib.Path, plan: dict[str, Rows], shapes, stored: dict[str, 
                 f"{' for each layer' if stacked else ''} and {list(shape)} in the model"
             )
     for source in stored:
-        if source.startswith("params/") and source not in needed:
+        if source in needed:
+            continue
+        if source.startswith("params/"):
             raise UserError(f"{path} has {source}, which the model lacks")
+        if source.endswith(CORRECTION_BIAS):
+            raise UserError(
+                f"{path} has {source}, by which experts are chosen, and the model lacks it: add "
+                "LossFreeBias to model.block.ffn.balance, with rate=0.0 if it shall stay"
+            )
 
 
 def _abstract(leaf: Leaf, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -26,7 +26,7 @@ from moejax.optim import freeze
 from moejax.optim.guard import Guard, select
 from moejax.optim.optimizer import global_norm
 from moejax.train.state import TrainState, variables_of
-from moejax.types import Batch, at_least_f32
+from moejax.types import Batch, at_least_f32, named_leaves
 
 Metrics = dict[str, Any]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
@@ -105,6 +105,7 @@ def make_train_step(
         updates = jax.lax.optimization_barrier(updates)  # stored, not computed for each reader
         update_norm = global_norm(updates)
         accepted, guard_state = guard.decide(state.guard, value, grad_norm, update_norm)
+        advance = functools.partial(model.update_router_state, frozen=_frozen_routers(state))
         # A second time for the state alone, from a gradient that waits for the verdict: so the new
         # moments go straight to where the old ones were and are never stored beside them.
         judged = jax.tree.map(lambda g: jnp.where(accepted, g, 0), gradient)
@@ -112,7 +113,7 @@ def make_train_step(
         new = {
             "params": optax.apply_updates(state.params, updates),
             "opt_state": opt_state,
-            "router_state": model.update_router_state(state.router_state, result.stats),
+            "router_state": advance(state.router_state, result.stats),
         }
         old = {name: getattr(state, name) for name in new}
         state = TrainState(
@@ -137,6 +138,16 @@ def make_train_step(
         return state, metrics
 
     return train_step
+
+
+def _frozen_routers(state: TrainState) -> set[str]:
+    """The stacks of layers whose routers have parameters, of which none train."""
+    of_router = lambda tree, layers: any(f"{layers}/ffn/router/" in x for x in named_leaves(tree))
+    trains, stays = (
+        {layers for layers in state.router_state if of_router(tree, layers)}
+        for tree in (state.params, state.frozen)
+    )
+    return stays - trains
 
 
 def jit_step(step: Step, *, shardings: tuple[Any, Any] | None = None) -> Step:

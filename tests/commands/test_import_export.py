@@ -10,6 +10,7 @@ from moejax.evaluation.open_model import open_model
 from moejax.interop import hf
 from moejax.types import named_leaves
 from moejax.verification.contracts.cases import quick_jit
+from tests.commands.published import publish
 from tests.interop.tiny_checkpoints import MODELS, edit_config, edit_tensors, variables, written
 
 TUNING = "configs/router_tuning.py"
@@ -57,6 +58,23 @@ def test_import_tune_export(published, tmp_path, capsys, imported):
     assert (out / "tokenizer.json").read_bytes() == (published / "tokenizer.json").read_bytes()
     # A run that finished goes on from its own folder alone.
     assert main(["evaluate", str(run)]) == 0
+
+
+@pytest.mark.slow
+def test_a_published_correction_bias_stays(tmp_path):
+    """Sigmoid scores lie in (0, 1): a thousandth each step would soon be another model."""
+    published, start = publish(tmp_path / "glm", dtype="float32", name="glm4_moe"), tmp_path / "a"
+    assert main(["import-hf", str(published), str(start)]) == 0
+    words = [f"init_from={start}", f"workdir={tmp_path / 'run'}", *QUICK]
+    assert main(["train", TUNING, *words]) == 0
+    assert main(["export-hf", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    before, after = tensors(published), tensors(tmp_path / "out")
+    (router,) = (path for path in before if path.endswith("ffn/router/kernel"))
+    assert any(np.abs(bias).max() > 0 for path, bias in before.items() if "_bias" in path)
+    assert_same(before, after, but=[router])
+    words[1] = f"workdir={tmp_path / 'lora'}"
+    assert main(["train", "configs/lora.py", *words]) == 0
+    assert main(["export-peft", str(tmp_path / "lora"), str(tmp_path / "adapter")]) == 0
 
 
 def test_an_import_is_exported_bit_for_bit(published, tmp_path):

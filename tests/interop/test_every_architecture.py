@@ -3,6 +3,8 @@
 import dataclasses
 import json
 
+import fiddle as fdl
+import numpy as np
 import pytest
 
 from moejax.errors import UserError
@@ -48,6 +50,17 @@ def test_attention_that_looks_ahead_is_refused(name, key, value, text, folder_of
     with pytest.raises(UserError, match=f"hf/config.json: .*{text}") as error:
         hf.model_config(folder)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_nothing_moves_the_bias_of_published_weights(name, folder_of):
+    """Whoever trains them states a rule that does."""
+    moe = fdl.build(hf.model_config(folder_of[name])).moe
+    for rule in moe.balance if moe else ():
+        state = {key: value + 0.25 for key, value in rule.state(4).items()}
+        after = rule.update(state, {"load": np.array([9.0, 1.0, 0.0, 2.0])})
+        for key in state:
+            np.testing.assert_array_equal(after[key], state[key])
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -167,3 +167,20 @@ def test_update_changes_each_rules_own_state_only():
     new = layer.update_router_state(state, {"load": jnp.array([4, 0, 0, 0])})
     np.testing.assert_array_equal(new["balance_0_correction_bias"], [-1, 1, 1, 1])
     np.testing.assert_array_equal(new["balance_1_previous_share"], [1, 0, 0, 0])
+    frozen = layer.update_router_state(state, {"load": jnp.array([4, 0, 0, 0])}, frozen=True)
+    np.testing.assert_array_equal(frozen["balance_0_correction_bias"], np.zeros(4))
+    np.testing.assert_array_equal(frozen["balance_1_previous_share"], [1, 0, 0, 0])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Misnamed(LossFreeBias):
+    def state(self, num_experts):
+        return {"push": jnp.zeros(num_experts)}
+
+    def selection_bias(self, state):
+        return state["push"]
+
+
+def test_what_selects_has_its_name():
+    with pytest.raises(UserError, match="Misnamed keeps what it adds to selection as push: name"):
+        jax.eval_shape(moe(balance=(Misnamed(),)).init, jax.random.key(0), X, CONTEXT)

@@ -5,8 +5,11 @@ import pathlib
 
 import jax
 import numpy as np
+import optax
 import pytest
 
+from moejax.balance.load_balance import LaggedLoadBalance
+from moejax.balance.loss_free import LossFreeBias
 from moejax.config.build import build_config
 from moejax.config.load import load_config
 from moejax.config.overrides import apply_overrides
@@ -18,7 +21,11 @@ from moejax.train.init_from import CHECKPOINTS
 from moejax.train.layout import with_sharding
 from moejax.train.loop import train
 from moejax.train.restore import load_variables
+from moejax.train.state import init_state
+from moejax.train.step import _frozen_routers
 from moejax.types import named_leaves
+from moejax.verification.contracts.cases import quick_jit
+from tests.train.step_cases import GUARD, make_batch, make_step, model_with
 
 STEPS = ("steps=6", "log_every=2", "optimizer.schedule.warmup_steps=2")
 
@@ -67,6 +74,40 @@ def test_only_the_routers_move(finished):
     after = variables(finished)
     moved = [path for path in before if not np.array_equal(before[path], after[path])]
     assert moved == ["params/layers_0/ffn/router/kernel"]
+
+
+def two_stacks(trainable):
+    """(a step of a model of two stacks of one layer each, its state)."""
+    rules = (LossFreeBias(rate=0.01), LaggedLoadBalance(weight=0.1))
+    model, optimizer = model_with(rules, num_layers=2, boundaries=(1,)), optax.sgd(0.1)
+    state = init_state(model, optimizer, GUARD, 0, trainable=trainable)
+    return make_step(model, optimizer), state
+
+
+@pytest.mark.parametrize(
+    ("trainable", "stay"),
+    [
+        ("*", set()),
+        ("*/router/*", set()),
+        ("layers_1/*/router/*", {"layers_0"}),
+        ("*/experts/*", {"layers_0", "layers_1"}),
+    ],
+)
+def test_the_state_of_a_router_is_frozen_with_it(trainable, stay):
+    assert _frozen_routers(two_stacks((trainable,))[1]) == stay
+
+
+def test_what_selects_stays_with_its_router_and_statistics_go_on():
+    """A bias that moves on would choose other experts than the router that was frozen."""
+    step, state = two_stacks(("layers_1/*/router/*",))
+    before = named_leaves(state.router_state)
+    after = named_leaves(quick_jit(step)(state, make_batch())[0].router_state)
+    moved = {path for path in before if not np.array_equal(before[path], after[path])}
+    assert moved == {
+        "layers_0/ffn/balance_1_previous_share",
+        "layers_1/ffn/balance_0_correction_bias",
+        "layers_1/ffn/balance_1_previous_share",
+    }
 
 
 def test_there_is_no_state_of_the_optimizer_for_what_is_frozen(finished):

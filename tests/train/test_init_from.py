@@ -7,6 +7,8 @@ import jax
 import numpy as np
 import pytest
 
+from moejax.balance.load_balance import SequenceLoadBalance
+from moejax.balance.loss_free import LossFreeBias
 from moejax.balance.unbalanced import Unbalanced
 from moejax.errors import UserError
 from moejax.interop import hf
@@ -86,13 +88,53 @@ def test_router_state_comes_along_where_the_model_has_it(tmp_path):
     for folder in (saved_run(tmp_path / "a", model, values), written("glm4_moe", tmp_path / "hf")):
         found = read(folder, model)
         assert_same(named_leaves(found["router_state"]), named_leaves(values["router_state"]))
-    without = dataclasses.replace(
-        model,
-        block=model.block.clone(ffn=model.block.ffn.clone(balance=(Unbalanced(),))),
-    )
-    assert "router_state" not in read(saved_run(tmp_path / "b", model, values), without)
     params = {"params": values["params"]}
     assert "router_state" not in read(saved_run(tmp_path / "c", model, params), model)
+
+
+def with_balance(model, *rules):
+    return dataclasses.replace(
+        model, block=model.block.clone(ffn=model.block.ffn.clone(balance=rules))
+    )
+
+
+def test_a_correction_bias_is_found_wherever_its_rule_stands(tmp_path):
+    """DeepSeek-V3's bias decides which experts are chosen: zeros would be another model."""
+    values = variables("glm4_moe")
+    (bias,) = named_leaves(values["router_state"]).values()
+    assert np.abs(bias).max() > 0.01
+    run = saved_run(tmp_path / "run", MODELS["glm4_moe"], values)
+    published = written("glm4_moe", tmp_path / "hf")
+    balance = SequenceLoadBalance(weight=0.01)
+    for rules in ((balance, LossFreeBias()), (LossFreeBias(), balance)):
+        for folder in (run, published):
+            found = read(folder, with_balance(MODELS["glm4_moe"], *rules))
+            (path,) = named_leaves(found["router_state"])
+            where = [isinstance(rule, LossFreeBias) for rule in rules].index(True)
+            assert path.endswith(f"/ffn/balance_{where}_correction_bias")
+            np.testing.assert_array_equal(named_leaves(found["router_state"])[path], bias)
+    moved = with_balance(MODELS["glm4_moe"], balance, LossFreeBias())
+    back = read(saved_run(tmp_path / "back", moved, read(run, moved)), MODELS["glm4_moe"])
+    assert_same(named_leaves(back["router_state"]), named_leaves(values["router_state"]))
+
+
+def test_a_correction_bias_without_a_place_is_refused(tmp_path):
+    model = with_balance(MODELS["glm4_moe"], Unbalanced())
+    run = saved_run(tmp_path / "run", MODELS["glm4_moe"], variables("glm4_moe"))
+    with pytest.raises(UserError, match="correction_bias, by which experts are chosen.*rate=0.0"):
+        read(run, model)
+    with pytest.raises(UserError, match="e_score_correction_bias"):
+        read(written("glm4_moe", tmp_path / "hf"), model)
+
+
+def test_a_correction_bias_of_some_layers_only_is_refused(tmp_path):
+    model = dataclasses.replace(MODELS["glm4_moe"], num_layers=4, boundaries=(2,))
+    values = model.init(jax.random.key(0))
+    first, _ = sorted(values["router_state"])
+    values["router_state"].pop(first)
+    run = saved_run(tmp_path / "run", model, values)
+    with pytest.raises(UserError, match=f"lacks router_state/{first}/.*correction_bias"):
+        read(run, dataclasses.replace(model, boundaries=()))
 
 
 def test_a_model_that_config_json_does_not_describe_is_a_warning(tmp_path, caplog):

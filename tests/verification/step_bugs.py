@@ -29,9 +29,9 @@ STEP = (
         name="state-per-microbatch",
         story="the bias of loss-free balancing moves once per microbatch, not once per step",
         file="train/step.py",
-        old="model.update_router_state(state.router_state, result.stats)",
+        old="advance(state.router_state, result.stats)",
         new="functools.reduce(\n"
-        "                lambda old, _: model.update_router_state(old, result.stats),\n"
+        "                lambda old, _: advance(old, result.stats),\n"
         "                range(num_microbatches),\n"
         "                state.router_state,\n"
         "            )",

@@ -22,7 +22,7 @@ _BIAS = "mlp.gate.e_score_correction_bias"
 def _template() -> fdl.Config:
     config = deepseek.template()
     config.block.ffn.router.score = "sigmoid"
-    config.block.ffn.balance = (fdl.Config(LossFreeBias),)
+    config.block.ffn.balance = (fdl.Config(LossFreeBias, rate=0.0),)  # see llama.template
     return config
 
 

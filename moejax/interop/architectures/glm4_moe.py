@@ -24,7 +24,7 @@ def _template() -> fdl.Config:
     config = llama.template()
     config.block.ffn.router.score = "sigmoid"
     config.block.ffn.shared = fdl.Config(DenseGLU)
-    config.block.ffn.balance = (fdl.Config(LossFreeBias),)
+    config.block.ffn.balance = (fdl.Config(LossFreeBias, rate=0.0),)  # see llama.template
     return config
 
 
