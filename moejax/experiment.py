@@ -151,14 +151,17 @@ class Experiment:
         self.variable_shardings(model, mesh)
         self.build_optimizer(parameters(variables))
         chosen = self.chosen_experts(model)
+        batch = self.abstract_batch(self.batch_size // self.num_microbatches)
         jax.eval_shape(
             lambda variables, batch, token_bytes: (
                 self.objective(model, variables, batch, token_bytes=token_bytes, key=key).terms
             ),
             variables,
-            self.abstract_batch(self.batch_size // self.num_microbatches),
+            batch,
             jax.ShapeDtypeStruct((_ANY_VOCABULARY,), jnp.int32),
         )
+        if self.prompts:  # they are continued when all is done, as rows of no task
+            jax.eval_shape(lambda v, tokens: model.apply(v, tokens).logits, variables, batch.tokens)
         trained, _ = freeze.split(parameters(variables), self.trainable)
         some = {path: own.chosen for path, own in chosen.items()}
         check_trained(self.objective, model, dict.fromkeys(named_leaves(trained)) | some)

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 from moejax.errors import UserError
 
 if TYPE_CHECKING:
-    from moejax.models.transformer import Transformer
     from moejax.train.slices import StoredSlices
 
 EXAMPLE = "moejax export-peft runs/olmoe_lora adapter --base allenai/OLMoE-1B-7B-0924"
@@ -49,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{run} has no adapter: write its weights with `moejax export-hf`")
     step, leaves = open_slices(run, args.step)
     if model is not described:
-        check_base(run, model, step, leaves)
+        _check_base(run, leaves)
     factors = [leaf for leaf in leaves if leaf.path.startswith(f"params/{ADAPTERS}/")]
     variables = tree_of({leaf.path.removeprefix("params/"): leaf for leaf in factors})
     carried = run / HF
@@ -64,18 +63,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def check_base(
-    run: pathlib.Path, model: Transformer, step: int, leaves: list[StoredSlices]
-) -> None:
+def _check_base(run: pathlib.Path, leaves: list[StoredSlices]) -> None:
     """Raises UserError where a run changed more of its model than the adapter holds.
 
-    Args:
-      run: its folder.
-      model: as the run trained it.
-      step: of the checkpoint.
-      leaves: of the checkpoint, and what the run froze.
+    `leaves` are those of a checkpoint of the folder `run`, and what the run froze. A correction
+    bias is frozen with its router.
     """
-    from moejax.balance.loss_free import LossFreeBias
     from moejax.models.variables import ADAPTERS
     from moejax.train import frozen
 
@@ -86,10 +79,4 @@ def check_base(
         raise UserError(
             f"{run} trained {trained[0]} too, which an adapter does not hold: merge everything "
             "with `moejax export-hf`"
-        )
-    rules = model.moe.balance if model.moe is not None else ()
-    if step and any(isinstance(rule, LossFreeBias) and rule.rate for rule in rules):
-        raise UserError(
-            f"{run} moved the correction bias of its routers (LossFreeBias), which an adapter does "
-            "not hold: merge everything with `moejax export-hf`, or train with rate=0"
         )

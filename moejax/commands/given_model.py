@@ -48,11 +48,14 @@ def complete(config: fdl.Config, overrides: Sequence[str], *, trusted: bool) -> 
     return config
 
 
-def warn_of_another(experiment: Experiment, *, trusted: bool) -> None:
+def compare_with_source(experiment: Experiment, *, trusted: bool) -> None:
     """Logs where the model of `experiment` computes something else than that of its `init_from`.
 
     Shapes do not tell of an angle of RoPE, an epsilon or a window. Of a Hugging Face checkpoint,
     whoever reads it says so.
+
+    Raises UserError where an adapter that both have is another: with another scale its factors
+    would not be what was learnt.
     """
     from moejax.interop import hf
     from moejax.interop.same_model import differences
@@ -61,12 +64,19 @@ def warn_of_another(experiment: Experiment, *, trusted: bool) -> None:
     if experiment.init_from is None or hf.is_checkpoint(folder):
         return
     try:
-        theirs = build_config(_described(folder, trusted=trusted)[0])
+        model, _, adapter = _described(folder, trusted=trusted)
+        theirs, their_adapter = build_config(model), adapter and build_config(adapter)
     except UserError as error:
         _log.warning("whether the model is that of %s cannot be told: %s", folder, error)
         return
     for text in differences(experiment.model, theirs):
         _log.warning("%s holds another model: here %s", folder, text)
+    if experiment.adapter is None or their_adapter is None:
+        return  # of what one of them lacks the paths tell
+    for part in ("linear", "experts", "mlp"):
+        ours = getattr(experiment.adapter, part)
+        if found := differences(ours, getattr(their_adapter, part), f"adapter.{part}"):
+            raise UserError(f"{folder} holds another adapter: here {found[0]}")
 
 
 def _described(

@@ -89,7 +89,7 @@ def _leave(what: str) -> None:
 def _train(args: argparse.Namespace, config: fdl.Config, stop: StopSignal) -> int:
     from moejax.analysis.goodput import goodput, read_sessions
     from moejax.analysis.report import write_report
-    from moejax.commands.given_model import warn_of_another
+    from moejax.commands.given_model import compare_with_source
     from moejax.config.build import build_config
     from moejax.config.load import load_config
     from moejax.config.run_directory import CONFIG_JSON, check_workdir, claim
@@ -119,7 +119,7 @@ def _train(args: argparse.Namespace, config: fdl.Config, stop: StopSignal) -> in
     processes.by_first(check)
     experiment.check()
     if processes.is_first() and not (workdir / CONFIG_JSON).exists():
-        warn_of_another(experiment, trusted=args.trust_config)
+        compare_with_source(experiment, trusted=args.trust_config)
     # Last: a refused experiment must not own the folder.
     processes.by_first(lambda: claim(workdir, config, versions(), read=stored))
     agreement.check_visible(workdir / CONFIG_JSON)

@@ -11,11 +11,15 @@ from moejax.balance.rule import Rule
 # an adapter adds is not among them: whoever saves merges it, or is refused.
 _FREE = {
     "adapter",
+    "balance_weight",
     "boundaries",
     "context_parallel",
     "down_init",
+    "dropout",
     "dtype",
     "embed_init",
+    "entropy_weight",
+    "gate_init",
     "head_init",
     "implementation",
     "kernel_init",

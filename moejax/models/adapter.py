@@ -119,6 +119,7 @@ class Adapter:
             elif isinstance(value, GLU):
                 new = self._experts(value, where, reached[0])
             elif isinstance(value, DenseGLU) and self.mlp is not None:
+                self._check_of_mlp(own, reached)
                 new = _in_place_of(value, DenseGLU, self.mlp, where)
             else:
                 changes[field.name] = self._replaced(value, targets, own, placed)
@@ -126,6 +127,15 @@ class Adapter:
             changes[field.name] = new.clone(targets=targets)
             placed.append(new)
         return module.clone(**changes) if changes else module
+
+    def _check_of_mlp(self, path: str, reached: Sequence[str]) -> None:
+        """Raises UserError for a projection that is named and that `mlp` leaves as it is."""
+        left = [name for name in reached if name.removeprefix(path) not in EXPERT_PROJECTIONS]
+        if left and self.targets != ALL:
+            raise UserError(
+                f"adapter.targets name {left[0]}, and adapter.mlp, which takes the place of its "
+                f"MLP, adapts {', '.join(EXPERT_PROJECTIONS)} alone: leave it out"
+            )
 
     def _experts(self, value: GLU, where: str, reached: str) -> GLU:
         if self.experts is None:

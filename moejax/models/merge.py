@@ -129,7 +129,13 @@ class _Merged:
         wide = at_least_f32(self.dtype)
         parts = {name: jnp.asarray(_at(part, index), wide) for name, part in self._parts.items()}
         matrix = self._matrix(jnp.asarray(self._kernel[index], wide), parts)
-        return np.asarray(matrix.astype(self.dtype))
+        merged = matrix.astype(self.dtype)
+        if bool((jnp.isfinite(matrix) & ~jnp.isfinite(merged)).any()):
+            raise UserError(
+                f"a merged kernel holds values too large for {self.dtype}: save in bfloat16 or "
+                "float32"
+            )
+        return np.asarray(merged)
 
 
 def _at(part: np.ndarray, index: Index) -> np.ndarray:

@@ -61,7 +61,10 @@ class Accumulator:
         """The values of the steps added since the last call, and starts over."""
         rate = self.tokens_per_second
         values = means(self._sums["terms"], prefix="loss/") | means(self._sums["measures"])
-        values["loss"] = sum(w * values[f"loss/{name}"] for name, w in self._weights.items())
+        # To the loss of its step a term without a count adds nothing (see `step.py`).
+        counted = [name for name in self._weights if self._sums["terms"][name][1]]
+        weighted = [self._weights[name] * values[f"loss/{name}"] for name in counted]
+        values["loss"] = sum(weighted) if weighted else math.nan
         for name in ("grad_norm", "update_norm"):
             values[name] = float(self._last[name])
         values["skipped"] = int(self._last["skipped"])

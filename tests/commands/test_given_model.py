@@ -1,5 +1,7 @@
 """A config without a model gets that of the folder, in which what trains is kept in float32."""
 
+import contextlib
+
 import fiddle as fdl
 import jax
 import numpy as np
@@ -7,11 +9,12 @@ import pytest
 
 from moejax.adapters.lora import LoRA
 from moejax.commands import main
-from moejax.commands.given_model import complete, warn_of_another
+from moejax.commands.given_model import compare_with_source, complete
 from moejax.config.build import build_config
 from moejax.config.load import load_config
 from moejax.config.overrides import apply_overrides
 from moejax.config.run_directory import store
+from moejax.errors import UserError
 from moejax.interop import hf
 from moejax.models.adapter import Adapter
 from moejax.train.manifest import versions
@@ -96,10 +99,10 @@ def test_another_model_of_the_same_shapes_is_a_warning(tmp_path, caplog, importe
     store(tmp_path, theirs.model if imported else theirs, versions())
     overrides = [f"init_from={tmp_path}", "model.boundaries=[1]", "model.remat=full"]
     ours = apply_overrides(load_config("configs/tiny.py:smoke"), overrides)
-    warn_of_another(build_config(ours), trusted=False)
+    compare_with_source(build_config(ours), trusted=False)
     assert not caplog.records
     ours.model.block.attention.rope.theta *= 10
-    warn_of_another(build_config(ours), trusted=False)
+    compare_with_source(build_config(ours), trusted=False)
     (record,) = caplog.records
     assert "holds another model: here model.block.attention.rope.theta is" in record.message
 
@@ -116,5 +119,24 @@ def test_train_says_that_the_model_is_another(tmp_path, capsys):
 
 def test_a_model_that_cannot_be_compared_is_said(tmp_path, caplog):
     ours = apply_overrides(load_config("configs/tiny.py:smoke"), [f"init_from={tmp_path}"])
-    warn_of_another(build_config(ours), trusted=False)
+    compare_with_source(build_config(ours), trusted=False)
     assert f"whether the model is that of {tmp_path} cannot be told" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ("adapter.linear.alpha=320", r"adapter.linear.alpha is 320.0 and not 32.0"),
+        ("adapter.linear=moejax.adapters.lora:RsLoRA", "adapter.linear is RsLoRA and not LoRA"),
+        ("adapter.experts.alpha=80", r"adapter.experts.alpha is 80.0 and not"),
+        ("adapter.linear.dropout=0.5", None),
+    ],
+)
+def test_another_adapter_of_the_same_shapes_is_refused(tmp_path, change, text):
+    """With another scale its factors would not be what was learnt."""
+    store(tmp_path, load_config("configs/lora.py:smoke"), versions())
+    overrides = [f"init_from={tmp_path}", change]
+    ours = apply_overrides(load_config("configs/lora.py:smoke"), overrides)
+    refused = pytest.raises(UserError, match=f"{tmp_path} holds another adapter: here {text}")
+    with refused if text else contextlib.nullcontext():
+        compare_with_source(build_config(ours), trusted=False)

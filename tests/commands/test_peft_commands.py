@@ -7,12 +7,9 @@ import shutil
 import numpy as np
 import pytest
 
-from moejax.balance.loss_free import LossFreeBias
-from moejax.commands import export_peft, main
-from moejax.errors import UserError
+from moejax.commands import main
 from moejax.evaluation.open_model import open_model
 from moejax.train.manifest import Manifest
-from moejax.train.restore import open_slices
 from moejax.verification.contracts.cases import quick_jit
 from tests.commands.test_import_export import QUICK, error_of
 from tests.interop.peft_folders import CONFIG, assert_same_bits, edit, tensors
@@ -100,20 +97,6 @@ def test_what_a_run_trained_besides_is_not_lost(folders, published, tmp_path, ca
     text = error_of(capsys, "export-peft", tmp_path / "run", tmp_path / "adapter")
     assert "trained params/layers_0/ffn/router/kernel too" in text
     assert not (tmp_path / "adapter").exists()
-
-
-@pytest.mark.slow
-def test_a_bias_that_balancing_moved_is_not_lost(folders):
-    run = folders / "run"
-    model, (step, leaves) = open_model(run).model, open_slices(run, None)
-    assert step == 2
-    for rate in (0.0, 1e-3):
-        ffn = model.block.ffn.clone(balance=(LossFreeBias(rate=rate),))
-        moved = dataclasses.replace(model, block=model.block.clone(ffn=ffn))
-        export_peft.check_base(run, moved, 0, leaves)
-        if rate:
-            with pytest.raises(UserError, match="moved the correction bias"):
-                export_peft.check_base(run, moved, step, leaves)
 
 
 def test_what_has_no_adapter_is_refused(published, tmp_path, capsys):

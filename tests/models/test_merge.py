@@ -16,7 +16,8 @@ from moejax.layers.mixing.bank import LoRABank
 from moejax.layers.mixing.granularity import Static
 from moejax.layers.mixing.router import Softmax
 from moejax.models.adapter import Adapter
-from moejax.models.merge import merge, unmerge
+from moejax.models.merge import merge, merged_leaves, unmerge
+from moejax.models.variables import parameters
 from moejax.types import named_leaves
 from moejax.verification.contracts.cases import quick_jit
 from tests.models.tiny_model import dense, random_model_variables, tiny, tokens
@@ -74,6 +75,17 @@ def test_a_merged_kernel_keeps_its_dtype_and_is_rounded_once():
     base = half(variables["params"])["layers_0"]["attention"]["query"]["kernel"]
     exact = base.astype(jnp.float32) + 4 * jnp.einsum("lir,lro->lio", a, b)
     np.testing.assert_array_equal(kernel, exact.astype(jnp.bfloat16))
+
+
+def test_what_a_merged_kernel_cannot_hold_is_refused():
+    model = dataclasses.replace(tiny(), adapter=Adapter(targets=("q_proj",), linear=LoRA(rank=2)))
+    variables = random_model_variables(model)
+    variables["lora"] = jax.tree.map(lambda x: jnp.full_like(x, 200.0), variables["lora"])
+    leaves = named_leaves(parameters(variables))
+    path = "layers_0/attention/query/kernel"
+    assert np.isfinite(merged_leaves(model, leaves, dtype="float32")[path][(0,)]).all()
+    with pytest.raises(UserError, match="a merged kernel holds values too large for float16"):
+        merged_leaves(model, leaves, dtype="float16")[path][(0,)]
 
 
 @pytest.mark.parametrize(

@@ -180,9 +180,14 @@ def test_a_mean_that_would_count_a_token_twice_is_nan():
             ),
             "give the loss term adapter_balance the weights 0.001 and 0.01: give it one",
         ),
+        (
+            Adapter(targets=("shared_expert_gate", "mlp.up_proj"), mlp=MixLoRA(bank=BANK)),
+            "adapter.targets name ffn/shared/shared_gate, and adapter.mlp, which takes the place",
+        ),
     ],
 )
 def test_what_would_have_no_effect_or_two_is_refused(adapter, text):
-    model = tiny(ffn=moe(shared=None), first_k_dense=1, dense_ffn=DenseGLU(d_ff=8), adapter=adapter)
+    gated = moe(shared=DenseGLU(d_ff=8, gated=True) if "gate" in adapter.targets[0] else None)
+    model = tiny(ffn=gated, first_k_dense=1, dense_ffn=DenseGLU(d_ff=8), adapter=adapter)
     with pytest.raises(UserError, match=text):
         jax.eval_shape(lambda key: (model.loss_weights(), model.init(key))[1], jax.random.key(0))

@@ -5,8 +5,9 @@ import pytest
 
 from moejax.analysis import routing
 from moejax.analysis.health import RouterHealth
+from moejax.models.flops import Size
 from moejax.routers.topk import TopK
-from moejax.train.metrics import router_values
+from moejax.train.metrics import Accumulator, router_values
 from tests.models.tiny_model import dense, moe, tiny
 
 LOADS = np.array([[6, 2, 0, 0], [0, 0, 0, 0]], np.int32)  # the second layer saw no token
@@ -57,3 +58,20 @@ def test_with_a_single_expert_there_is_nothing_to_be_certain_of():
 
 def test_a_dense_model_has_none():
     assert router_values(dense(), {}) == {}
+
+
+def test_the_loss_is_what_the_steps_minimised():
+    """A term that nothing counted for adds nothing to a step's loss, and is itself unknown."""
+    size = Size(params=1, active_params=1, train_flops_per_token=1.0, forward_flops_per_token=1.0)
+    weights = {"lm": 1.0, "manifold": 2.0}
+    sums = Accumulator(dense(), size, weights=weights, tokens_per_step=1, peak_flops=None)
+    step = {"measures": {}, "stats": {}, "grad_norm": 1.0, "update_norm": 1.0, "skipped": 0}
+    for lm, manifold in (((6.0, 2), (0.0, 0)), ((2.0, 2), (0.0, 0))):
+        sums.add(step | {"terms": {"lm": lm, "manifold": manifold}})
+    values = sums.take()
+    assert values["loss"] == values["loss/lm"] == 2.0
+    assert np.isnan(values["loss/manifold"])
+    sums.add(step | {"terms": {"lm": (6.0, 2), "manifold": (5.0, 1)}})
+    assert sums.take()["loss"] == 13.0
+    sums.add(step | {"terms": {"lm": (0.0, 0), "manifold": (0.0, 0)}})
+    assert np.isnan(sums.take()["loss"])
