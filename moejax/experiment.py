@@ -17,6 +17,7 @@ from moejax.models.adapter import Adapter
 from moejax.models.expert_axes import expert_axes
 from moejax.models.flops import Size, size
 from moejax.models.generate import Sampling
+from moejax.models.settings import check_trained_routers
 from moejax.models.transformer import Transformer
 from moejax.models.variables import parameters
 from moejax.objectives.objective import Objective, check_trained, passes
@@ -165,6 +166,7 @@ class Experiment:
         trained, _ = freeze.split(parameters(variables), self.trainable)
         some = {path: own.chosen for path, own in chosen.items()}
         check_trained(self.objective, model, dict.fromkeys(named_leaves(trained)) | some)
+        check_trained_routers(model, named_leaves(trained))
 
     def prepare_data(self) -> Loaders:
         """Tokenises and packs (or finds it cached), for this batch and sequence length.

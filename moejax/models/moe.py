@@ -67,8 +67,9 @@ class MoE(nn.Module):
             y = y + self.shared(x, context)
 
         terms: Terms = {}
-        # Initialisation sees one token, which fits no rule about whole batches.
-        rules = () if self.is_initializing() else zip(self.balance, states, strict=True)
+        # Initialisation sees one token, and decoding some rows: neither fits rules about batches.
+        batch = not (self.is_initializing() or context.decode)
+        rules = zip(self.balance, states, strict=True) if batch else ()
         for rule, state in rules:
             terms = add_terms(terms, rule.terms(routing, context, state))
         return y, terms, _statistics(routing, context, counts), carry

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from moejax.errors import UserError
@@ -52,6 +52,24 @@ def check_settings(model: Any) -> None:
             "has no method full(): leave it out"
         )
     _check_pattern(model)
+
+
+def check_trained_routers(model: Any, trained: Collection[str]) -> None:
+    """Raises UserError where a router trains that the loss cannot reach.
+
+    `trained` are the paths of the parameters that train.
+    """
+    adapter, moe = model.adapter, model.moe
+    routers = {}
+    if any("/ffn/router/" in path for path in trained) and moe.num_experts > 1:
+        routers["model's"] = moe.router
+    for part in ("linear", "mlp"):
+        mixed = getattr(adapter, part, None)
+        if any("/routing/" in path for path in trained) and mixed is not None:
+            routers[f"adapter.{part}'s"] = getattr(mixed, "router", None)
+    for name, router in routers.items():
+        if why := getattr(router, "constant_weights", ""):
+            raise UserError(f"the {name} router trains, but the loss does not reach it: {why}")
 
 
 def _check_pattern(model: Any) -> None:

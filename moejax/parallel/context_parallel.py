@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import ArrayLike, Float, Int
 
 from moejax.errors import UserError
+from moejax.parallel.gather import gathered
 from moejax.parallel.sharding import RULES, is_split, split_ways
 from moejax.types import at_least_f32
 
@@ -171,24 +172,9 @@ def _attend_queries(attend: Attend, q: Array, k: Array, v: Array, ids: Array, *p
     """On a device, which has 1 / P of the positions."""
     if lax.axis_size(_CONTEXT) == 1:
         return attend(q, k, v, ids, 0, *per_head)
-    whole = _gathered(jnp.concatenate([k, v], axis=-1))
+    whole = gathered(jnp.concatenate([k, v], axis=-1), _CONTEXT, 1)
     k, v = jnp.split(whole, [k.shape[-1]], axis=-1)
     return attend(q, k, v, ids, lax.axis_index(_CONTEXT) * q.shape[1], *per_head)
-
-
-@jax.custom_vjp
-def _gathered(x: Array) -> Array:
-    """`[B, S, ..]` of `[B, S / P, ..]`; cotangents are added in at least float32."""
-    return lax.all_gather(x, _CONTEXT, axis=1, tiled=True)
-
-
-def _added(_: None, cotangent: Array) -> tuple[Array]:
-    wide = cotangent.astype(at_least_f32(cotangent.dtype))
-    own = lax.psum_scatter(wide, _CONTEXT, scatter_dimension=1, tiled=True)
-    return (own.astype(cotangent.dtype),)
-
-
-_gathered.defvjp(lambda x: (_gathered(x), None), _added)
 
 
 def _on_row_shards(

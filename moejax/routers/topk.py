@@ -37,7 +37,9 @@ class TopK(nn.Module):
 
     `context.selection_bias [E]`, kept by a loss-free balance rule, is added to the scores for
     selection and never enters the weights. `Routing.probs` is the softmax, or the sigmoid scores
-    over their sum.
+    over their sum. Logits are in at least float32; their product is as precise as JAX makes
+    products of float32, by default one pass of bfloat16 on TPUs and TF32 on GPUs
+    (`jax_default_matmul_precision`).
     """
 
     k: int
@@ -49,6 +51,13 @@ class TopK(nn.Module):
     group_score: Literal["max", "top2"] = "top2"
     use_bias: bool = False
     kernel_init: nn.initializers.Initializer = initializers.normal(0.02)
+
+    @property
+    def constant_weights(self) -> str:
+        """Why the weights do not depend on the logits, so that no gradient comes; empty if not."""
+        if self.k > 1 or self.normalise == "before":
+            return ""
+        return "router.k=1 divides every weight by itself: set router.normalise=before"
 
     @nn.compact
     def __call__(self, x: Float[Array, "T D"], context: Context) -> tuple[Routing, None]:

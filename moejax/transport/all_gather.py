@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from moejax.parallel.gather import gathered
 from moejax.parallel.token_shards import num_owners, on_token_shards
 from moejax.types import Routing, at_least_f32
 
@@ -39,11 +40,11 @@ class AllGather:
 def _per_device(compute, num_experts: int, x: Array, experts: Array, gate: Array, weights: Any):
     if num_owners() == 1:
         return compute(x, experts, gate, weights), {"dropped": jnp.zeros((), jnp.int32)}
-    gather = functools.partial(lax.all_gather, axis_name="expert", tiled=True)
     count = num_experts // num_owners()
-    local = gather(experts) - lax.axis_index("expert") * count
+    local = lax.all_gather(experts, "expert", tiled=True) - lax.axis_index("expert") * count
     local = jnp.where((local >= 0) & (local < count), local, count)  # others are empty slots here
-    y = compute(gather(x), local, gather(gate), weights)
+    x_of_all, gate_of_all = (gathered(own, "expert", 0) for own in (x, gate))
+    y = compute(x_of_all, local, gate_of_all, weights)
     y = lax.psum_scatter(y.astype(at_least_f32(y.dtype)), "expert", tiled=True)
     chosen = (experts >= 0) & (experts < num_experts)
     dropped = jnp.sum(chosen, dtype=jnp.int32) - jnp.sum(local < count, dtype=jnp.int32)

@@ -12,9 +12,17 @@ import pytest
 
 from moejax.attention.mla import MultiHeadLatentAttention
 from moejax.attention.moba import MoBA
+from moejax.balance.load_balance import ShardLoadBalance
 from moejax.errors import UserError
 from moejax.verification.contracts.cases import quick_jit
-from tests.models.tiny_model import attention, dense, random_model_variables, tokens
+from tests.models.tiny_model import (
+    attention,
+    dense,
+    moe,
+    random_model_variables,
+    tiny,
+    tokens,
+)
 
 LENGTH = 8
 METHODS = {
@@ -152,6 +160,14 @@ def test_positions_have_no_default_with_a_cache():
     np.testing.assert_allclose(first, decoder.whole(IDS)[:, :3], rtol=1e-4, atol=1e-5)
     with pytest.raises(UserError, match="decoding with a cache needs positions"):
         decoder(IDS[:, 3:4])
+
+
+def test_rules_about_batches_are_not_asked_of_a_prompt():
+    """One row, which two shards do not divide."""
+    model = tiny(ffn=moe(shared=None, balance=(ShardLoadBalance(weight=0.1, num_shards=2),)))
+    with pytest.raises(UserError, match="num_shards=2 does not divide"):
+        model.apply(random_model_variables(model), IDS[:1])
+    assert np.isfinite(Decoder(model, compiled=False)(IDS[:1])).all()
 
 
 def test_a_cache_is_not_left_aside():

@@ -166,6 +166,20 @@ def test_equals_the_definition_in_float32(name):
     check(name, "expert=2 fsdp=2 tensor=2", "float32", 1e-5)
 
 
+def test_all_gather_adds_over_devices_in_float32():
+    """Results and, going back, gradients of tokens: in bfloat16 each device would round anew."""
+    half = functools.partial(jnp.asarray, dtype=jnp.bfloat16)
+    experts = next(iter(routings().values()))
+    operands = (half(np.ones((T, D))), experts, half(np.ones((T, K))))
+    weights = jax.tree.map(half, weights_axes_and_compute()[0])
+    with jax.set_mesh(MESHES["expert=4 data=2"].build()):
+        run = jax.make_jaxpr(through(AllGather()))
+        program = str(run(*operands, weights, half(np.ones((T, D)))))
+    added = [line for line in program.splitlines() if " reduce_scatter[" in line]
+    assert len(added) == 3  # y, and the gradients of x and of the weights of the choices
+    assert all("f32[" in line.split(" = ")[0] for line in added), added
+
+
 def test_experts_that_do_not_divide_over_the_axis_are_an_error():
     odd = jax.tree.map(lambda w: jnp.asarray(w[:6]), weights_axes_and_compute()[0])
     _, axes, compute = weights_axes_and_compute()

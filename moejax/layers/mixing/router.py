@@ -92,6 +92,11 @@ class TopK(Router):
         """The load balance's."""
         return {BALANCE: self.balance_weight} if self.balance_weight else {}
 
+    @property
+    def constant_weights(self) -> str:
+        """Why the weights do not depend on the logits, so that no gradient comes; empty if not."""
+        return "" if self.k > 1 else "k=1 divides every weight by itself: set k=2 or more"
+
     @nn.compact
     def __call__(self, x: Float[Array, "B S F"], context: Context) -> Mixture:
         check_k(self.k, self.num_adapters)
