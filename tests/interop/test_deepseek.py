@@ -133,7 +133,7 @@ def test_the_published_v3(config_of, caplog):
     assert (router.k, router.score, router.normalise, router.scale) == (8, "sigmoid", "after", 2.5)
     assert (router.num_groups, router.num_groups_kept, router.group_score) == (8, 4, "top2")
     assert (ffn.num_experts, ffn.experts.d_ff, ffn.shared.d_ff) == (256, 2048, 2048)
-    assert ffn.balance == (LossFreeBias(),)
+    assert ffn.balance == (LossFreeBias(rate=0.0),)  # published weights are kept as they are
     assert (model.first_k_dense, model.dense_ffn.d_ff) == (3, 18432)
     got = size(model, 4096)
     assert (round(got.params / 1e9), round(got.active_params / 1e9, 1)) == (671, 37.6)
