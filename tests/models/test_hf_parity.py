@@ -67,7 +67,7 @@ MODELS = {
     "glm4_moe": _model(
         {"qk_norm": RMSNorm(epsilon=1e-5), "rope": Rope(fraction=0.5)},
         router=TopK(k=2, score="sigmoid", scale=2.5, num_groups=2, num_groups_kept=1),
-        moe={"shared": DenseGLU(d_ff=8), "balance": (LossFreeBias(),)},
+        moe={"shared": DenseGLU(d_ff=8), "balance": (LossFreeBias(rate=0.0),)},
         epsilon=1e-5,
         first_k_dense=1,
         dense_ffn=DenseGLU(d_ff=12),
@@ -109,7 +109,7 @@ MODELS = {
             **LATENT,
         ),
         router=TopK(k=2, score="sigmoid", scale=2.5, num_groups=2, num_groups_kept=1),
-        moe={"num_experts": 8, "shared": DenseGLU(d_ff=16), "balance": (LossFreeBias(),)},
+        moe={"num_experts": 8, "shared": DenseGLU(d_ff=16), "balance": (LossFreeBias(rate=0.0),)},
         first_k_dense=1,
         dense_ffn=DenseGLU(d_ff=12),
     ),
