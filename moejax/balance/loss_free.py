@@ -10,7 +10,7 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moejax.balance.rule import Rule
+from moejax.balance.rule import CORRECTION_BIAS, Rule
 from moejax.types import Stats
 
 
@@ -25,12 +25,12 @@ class LossFreeBias(Rule):
     rate: float = 1e-3
 
     def state(self, num_experts: int) -> dict[str, Array]:
-        return {"correction_bias": jnp.zeros((num_experts,), jnp.float32)}
+        return {CORRECTION_BIAS: jnp.zeros((num_experts,), jnp.float32)}
 
     def selection_bias(self, state: dict[str, Array]) -> Float[Array, "E"] | None:
-        return state["correction_bias"]
+        return state[CORRECTION_BIAS]
 
     def update(self, state: dict[str, Array], stats: Stats) -> dict[str, Array]:
-        load = stats["load"].astype(state["correction_bias"].dtype)
-        step = self.rate * jnp.sign(load.mean() - load)
-        return {"correction_bias": state["correction_bias"] + step}
+        bias = state[CORRECTION_BIAS]
+        load = stats["load"].astype(bias.dtype)
+        return {CORRECTION_BIAS: bias + self.rate * jnp.sign(load.mean() - load)}

@@ -115,11 +115,11 @@ def _train(args: argparse.Namespace, config: fdl.Config, stop: StopSignal) -> in
     def check() -> None:
         exists = (workdir / CONFIG_JSON).exists()
         check_workdir(workdir, config, stored() if exists else None)
+        if not exists:
+            compare_with_source(experiment, trusted=args.trust_config)
 
     processes.by_first(check)
     experiment.check()
-    if processes.is_first() and not (workdir / CONFIG_JSON).exists():
-        compare_with_source(experiment, trusted=args.trust_config)
     # Last: a refused experiment must not own the folder.
     processes.by_first(lambda: claim(workdir, config, versions(), read=stored))
     agreement.check_visible(workdir / CONFIG_JSON)

@@ -17,12 +17,11 @@ from moejax.balance.rule import CORRECTION_BIAS
 from moejax.errors import UserError
 from moejax.interop.architecture import Architecture
 from moejax.interop.views import Form, Shape, View
+from moejax.models.moe import without_place
 from moejax.models.stack import stacked_layers
 from moejax.models.transformer import Transformer
 from moejax.models.variables import ADAPTERS
 from moejax.types import named_leaves
-
-_BIAS = re.compile(rf"balance_\d+_({CORRECTION_BIAS})")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,7 +96,7 @@ def leaves(model: Transformer, architecture: Architecture) -> list[Leaf]:
         own = layers.get(names[0])
         within = "/".join(names if own is None else names[1:])
         if collection == "router_state":
-            within = _BIAS.sub(r"\1", within)
+            within = without_place(within)
             if not within.endswith(CORRECTION_BIAS):
                 continue
         if within not in architecture.tensors:

@@ -17,6 +17,7 @@ from moejax.interop.tensor_writer import Tensor
 from moejax.interop.views import copy_into
 from moejax.models.output import Variables
 from moejax.models.transformer import Transformer
+from moejax.models.variables import check_narrowed
 from moejax.types import named_leaves
 
 _WEIGHTS = {"params", "router_state"}
@@ -107,9 +108,5 @@ def _cast(values: np.ndarray, part: Part, dtype: np.dtype) -> np.ndarray:
         return values
     with np.errstate(over="ignore"):
         cast = values.astype(dtype)
-    if (np.isfinite(values) & ~np.isfinite(cast)).any():
-        raise UserError(
-            f"the leaf {part.leaf} (tensor {part.tensor}) holds values too large for {dtype}: "
-            "save in bfloat16 or float32"
-        )
+    check_narrowed(values, cast, f"the leaf {part.leaf} (tensor {part.tensor})")
     return cast

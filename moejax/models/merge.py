@@ -21,7 +21,7 @@ from moejax.models.adapter import Adapter
 from moejax.models.output import Variables
 from moejax.models.stack import rows_elsewhere, stacked_layers
 from moejax.models.transformer import Transformer
-from moejax.models.variables import ADAPTERS, collections, parameters
+from moejax.models.variables import ADAPTERS, check_narrowed, collections, parameters
 from moejax.types import at_least_f32, named_leaves, tree_of
 
 Index = tuple[int, ...]
@@ -129,13 +129,9 @@ class _Merged:
         wide = at_least_f32(self.dtype)
         parts = {name: jnp.asarray(_at(part, index), wide) for name, part in self._parts.items()}
         matrix = self._matrix(jnp.asarray(self._kernel[index], wide), parts)
-        merged = matrix.astype(self.dtype)
-        if bool((jnp.isfinite(matrix) & ~jnp.isfinite(merged)).any()):
-            raise UserError(
-                f"a merged kernel holds values too large for {self.dtype}: save in bfloat16 or "
-                "float32"
-            )
-        return np.asarray(merged)
+        merged = np.asarray(matrix.astype(self.dtype))
+        check_narrowed(np.asarray(matrix), merged, "a merged kernel")
+        return merged
 
 
 def _at(part: np.ndarray, index: Index) -> np.ndarray:

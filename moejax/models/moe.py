@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 import flax.linen as nn
@@ -109,6 +110,11 @@ class MoE(nn.Module):
                 if not (frozen and key == CORRECTION_BIAS):
                     new[prefix + key] = value
         return new
+
+
+def without_place(path: str) -> str:
+    """`path` of router state, whichever of a model's rules in order keeps it."""
+    return re.sub(r"(?<=/)balance_\d+_", "", path)
 
 
 def _selection_bias(rule: Rule, state: dict[str, Array]) -> Float[Array, "E"] | None:

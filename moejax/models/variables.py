@@ -12,7 +12,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from moejax.errors import UserError
 from moejax.layers.adapter_leaf import ADAPTERS
 from moejax.models.output import Variables
 
@@ -28,6 +30,14 @@ def collections(parameters: dict[str, Any]) -> Variables:
     own = {name: tree for name, tree in parameters.items() if name != ADAPTERS}
     adapters = {ADAPTERS: parameters[ADAPTERS]} if ADAPTERS in parameters else {}
     return {"params": own} | adapters
+
+
+def check_narrowed(values: Any, narrowed: Any, what: str) -> None:
+    """Raises UserError where `what`, finite in `values`, became infinite in another dtype."""
+    if (np.isfinite(values) & ~np.isfinite(narrowed)).any():
+        raise UserError(
+            f"{what} holds values too large for {narrowed.dtype}: save in bfloat16 or float32"
+        )
 
 
 def cast_floats(tree: Any, dtype: Any) -> Any:

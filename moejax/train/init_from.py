@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import pathlib
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +19,7 @@ from jax.sharding import NamedSharding
 from moejax.balance.rule import CORRECTION_BIAS
 from moejax.errors import UserError
 from moejax.interop import hf
+from moejax.models.moe import without_place
 from moejax.models.output import Variables
 from moejax.models.stack import rows_elsewhere, stacked_layers
 from moejax.models.transformer import Transformer
@@ -37,7 +37,6 @@ _log = logging.getLogger(__name__)
 
 COLLECTIONS = ("params/", "router_state/")
 _ADAPTERS, _STATE = f"params/{ADAPTERS}/", "router_state/"
-_NUMBER = re.compile(r"(?<=/balance_)\d+_")  # a rule's place among the model's rules
 Rows = list[tuple[str, int | None]]  # (path in the source, row of it or all), in order
 
 
@@ -142,10 +141,10 @@ def _by_meaning(
     """
     theirs: dict[str, str] = {}
     for source in stored:
-        meaning = _NUMBER.sub("", source)
+        meaning = without_place(source)
         if source.startswith(_STATE) and theirs.setdefault(meaning, source) != source:
             raise UserError(f"{path} has both {theirs[meaning]} and {source}: which is meant?")
-    found = lambda source: theirs.get(_NUMBER.sub("", source), source)
+    found = lambda source: theirs.get(without_place(source), source)
     return {name: [(found(source), row) for source, row in rows] for name, rows in plan.items()}
 
 
